@@ -1,0 +1,118 @@
+"""One model call: each block's visit runs it, or returns in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from cachekit.decisions import Decisions
+from cachekit.graph import Graph, Visit, signature
+from cachekit.segments import Action, Layout
+from cachekit.tree import Path, get, pick, replaced, tensors
+
+Original = Callable[..., Any]
+
+
+class GraphChanged(BaseException):
+    """The call shows another graph than the one stored for. No model's ``except Exception`` may swallow it."""
+
+
+class PlainCall:
+    """A call that is only counted: everything runs."""
+
+    def __init__(self) -> None:
+        self.recomputed: list[bool] = []
+
+    def visit(self, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block."""
+        self.recomputed.append(True)
+        return original(*args, **kwargs)
+
+
+class KnownCall(PlainCall):
+    """A call whose graph is known: segments are recomputed or reused, and what the call shows is checked against it."""
+
+    def __init__(self, graph: Graph, layout: Layout, decisions: Decisions) -> None:
+        super().__init__()
+        self.graph, self.layout, self.decisions = graph, layout, decisions
+        self._probed = {first - 1 for first in layout.firsts if first}
+        self._entering: dict[int, dict[Path, Tensor]] = {}
+        self._returned: list[tuple[Path, Tensor, int | None]] = []
+
+    def visit(self, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block, or return in its place.
+
+        Raises:
+            GraphChanged: another block, shape, dtype, device or link than the graph has here.
+        """
+        v = len(self.recomputed)
+        if v >= len(self.graph.visits) or self.graph.visits[v].block != block:
+            raise GraphChanged("another sequence of blocks")
+        visit, action = self.graph.visits[v], self.layout.actions[v]
+        self._check(visit, args, kwargs)
+        runs = action is None or self.decisions.recompute(action.site)
+        before = self._before(v, visit, action, runs, args, kwargs)
+        if runs:
+            result = super().visit(block, original, args, kwargs)
+            self._store(v, action, result)
+        else:
+            self.recomputed.append(False)
+            result = self._instead(v, visit, action, args, kwargs) if action is not None else None
+        if before is not None:
+            self.decisions.residuals[v] = get(result, visit.streams[0][1]).detach() - before
+        self._returned = [(path, tensor, _version(tensor)) for path, tensor in tensors(result)]
+        return result
+
+    def finish(self) -> None:
+        """Check that the call had all of the graph's visits.
+
+        Raises:
+            GraphChanged: it had fewer.
+        """
+        if len(self.recomputed) != len(self.graph.visits):
+            raise GraphChanged("another sequence of blocks")
+        self.decisions.branch.ready.update(k for k, recomputed in self.decisions.made.items() if recomputed)
+
+    def _check(self, visit: Visit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for (path, _), expected in zip(visit.streams, visit.signatures, strict=True):
+            tensor = pick(args, kwargs, path)
+            if not isinstance(tensor, Tensor) or signature(tensor) != expected:
+                raise GraphChanged("another shape, dtype or device")
+        if visit.linked == "same":
+            returned = {path: (tensor, version) for path, tensor, version in self._returned}
+            for path, output in visit.links:
+                tensor, version = returned.get(output, (None, None))
+                if pick(args, kwargs, path) is not tensor or (tensor is not None and _version(tensor) != version):
+                    raise GraphChanged("another link between blocks")
+
+    def _before(
+        self, v: int, visit: Visit, action: Action | None, runs: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Note what enters a stretch of a segment, and the main stream before a probe block (as copies: blocks may write)."""
+        if action is not None and action.run == v and self.decisions.sites[action.site].reuse.beta:
+            entering = {path: pick(args, kwargs, path).detach() for path, _ in visit.streams}
+            self._entering[v] = {path: tensor.clone() for path, tensor in entering.items()} if runs else entering
+        if v not in self._probed or not visit.streams:
+            return None
+        main: Tensor = pick(args, kwargs, visit.streams[0][0]).detach()
+        return main.clone() if runs else main
+
+    def _entry(self, action: Action, path: Path) -> Tensor | None:
+        entering, at = self._entering.get(action.run), dict(action.entry).get(path)
+        return entering[at] if entering is not None and at is not None else None
+
+    def _store(self, v: int, action: Action | None, result: Any) -> None:
+        if action is not None:
+            for path in action.hold:
+                self.decisions.keep(action.site, v, path, get(result, path), self._entry(action, path))
+
+    def _instead(self, v: int, visit: Visit, action: Action, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        held = {path: self.decisions.forecast(action.site, v, path, self._entry(action, path)) for path in action.hold}
+        passed = {out: pick(args, kwargs, path) for path, out in visit.streams if out not in held}
+        return replaced(visit.structure, {**passed, **held})
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,1 @@
+"""The models that ship with cachekit and what ``cachekit compare`` measures on them (needs the extra ``demo``)."""

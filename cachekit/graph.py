@@ -1,0 +1,101 @@
+"""The block graph of one model call: chains and long skip connections, found by tensor identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachekit.tree import Path
+
+Signature = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+def signature(tensor: Tensor) -> Signature:
+    """Shape, dtype and device: what must agree for one tensor to stand in for another."""
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+@dataclass(frozen=True)
+class Source:
+    """A block input that is an earlier block's output.
+
+    Attributes:
+        path: argument path of the input.
+        visit: index of the visit whose output it is.
+        output: path in that output.
+    """
+
+    path: Path
+    visit: int
+    output: Path
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One call of one block within a model call.
+
+    Attributes:
+        block: the block's path in the model, as in ``named_modules()``.
+        kind: its class name.
+        streams: (argument path, output path) of each tensor that it takes in and returns in a new version.
+        extras: output paths of tensors that no input stands for.
+        linked: ``"same"`` where it gets the very tensors that the visit before returned, ``"layout"`` where an adapter says
+            that the model only rearranges them in between, None where a chain starts.
+        links: for a linked visit, the argument path of each stream and the output path in the visit before.
+        sources: every other input that is an earlier block's output.
+        signatures: of each stream's input, in the order of ``streams``.
+        structure: the result with its tensors left out.
+    """
+
+    block: str
+    kind: str
+    streams: tuple[tuple[Path, Path], ...]
+    extras: tuple[Path, ...]
+    linked: str | None
+    links: tuple[tuple[Path, Path], ...]
+    sources: tuple[Source, ...]
+    signatures: tuple[Signature, ...]
+    structure: Any = field(compare=False, repr=False)
+
+    @property
+    def is_block(self) -> bool:
+        """A module without any stream (an embedder that stands in a list) is called, but is no block."""
+        return bool(self.streams)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The visits of a model call in order. ``blocks``, ``chains`` and segments count those that are blocks."""
+
+    visits: tuple[Visit, ...]
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Indices of the visits that are blocks."""
+        return tuple(v for v, visit in enumerate(self.visits) if visit.is_block)
+
+    @property
+    def chains(self) -> tuple[tuple[int, ...], ...]:
+        """Visits grouped into longest sequences linked by identity."""
+        chains: list[list[int]] = []
+        for v in self.blocks:
+            if self.visits[v].linked == "same":
+                chains[-1].append(v)
+            else:
+                chains.append([v])
+        return tuple(tuple(chain) for chain in chains)
+
+    @property
+    def long_skips(self) -> tuple[tuple[int, int], ...]:
+        """(early visit, late visit) of each long skip connection: an input of the main stream's shape beside the stream."""
+        found = []
+        for v, visit in enumerate(self.visits):
+            streams = {path for path, _ in visit.streams}
+            for source in visit.sources:
+                early = self.visits[source.visit]
+                if source.path not in streams and early.is_block and early.signatures[0] == visit.signatures[0]:
+                    found.append((source.visit, v))
+        return tuple(found)

@@ -1,0 +1,97 @@
+"""Read a model call: its timestep, its sample, and what conditions it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachekit.adapter import TIMESTEP_NAMES, Adapter
+from cachekit.errors import ModelError
+from cachekit.graph import Signature, signature
+from cachekit.tree import Path, walk
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One model call, read.
+
+    Attributes:
+        t: timestep in the scheduler's units; None where the batch mixes several.
+        sample: the noisy sample.
+        conditioning: every other tensor with its path, but for the timestep and what is new at every step.
+        key: signatures of all of them and the plain values (numbers, strings, flags) beside them.
+        synchronised: whether reading t had to wait for a device.
+    """
+
+    t: float | None
+    sample: Tensor | None
+    conditioning: tuple[tuple[Path, Tensor], ...]
+    key: tuple[tuple[Path, Signature | str], ...]
+    synchronised: bool
+
+
+class Reader:
+    """Reads the calls of one ``forward`` by its parameters' names."""
+
+    def __init__(self, forward: Callable[..., Any], adapter: Adapter) -> None:
+        self.adapter = adapter
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(forward).parameters
+        self.positional = [name for name, parameter in parameters.items() if parameter.kind in kinds]
+        names = (adapter.timestep,) if adapter.timestep else TIMESTEP_NAMES
+        self.timestep = next((name for name in names if name in parameters), names[0] if adapter.timestep else None)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+        """Take one call apart.
+
+        Raises:
+            ModelError: no timestep argument can be found in it.
+        """
+        named = {self.positional[k] if k < len(self.positional) else str(k): value for k, value in enumerate(args)}
+        named.update(kwargs)
+        name = self.timestep or next((known for known in TIMESTEP_NAMES if known in named), None)
+        if name is None or named.get(name) is None:
+            raise ModelError(
+                f"no timestep among the arguments {sorted(named)}; say which one it is: adapter=cachekit.Adapter(timestep='...')"
+            )
+        t, synchronised = read_time(named.pop(name))
+        sample, conditioning, key = self._conditioning(named)
+        scaled = None if t is None else self.adapter.scheduler_time(t)
+        return Inputs(scaled, sample, tuple(conditioning), tuple(key), synchronised)
+
+    def _conditioning(
+        self, named: dict[str, Any]
+    ) -> tuple[Tensor | None, list[tuple[Path, Tensor]], list[tuple[Path, Signature | str]]]:
+        sample: Tensor | None = None
+        conditioning: list[tuple[Path, Tensor]] = []
+        key: list[tuple[Path, Signature | str]] = []
+        order = sorted(named, key=lambda name: self.positional.index(name) if name in self.positional else len(self.positional))
+        for name in order:
+            if self.adapter.changes_per_step(name):
+                continue
+            for path, leaf in walk(named[name], (name,)):
+                if isinstance(leaf, Tensor):
+                    key.append((path, signature(leaf)))
+                    if sample is None:
+                        sample = leaf
+                    else:
+                        conditioning.append((path, leaf))
+                elif isinstance(leaf, bool | int | float | str | torch.dtype):
+                    key.append((path, repr(leaf)))
+        return sample, conditioning, key
+
+
+def read_time(value: Any) -> tuple[float | None, bool]:
+    """A timestep argument as one number, or None where it holds several; and whether a device had to be waited for."""
+    if not isinstance(value, Tensor):
+        return float(value), False
+    # An expanded scalar, as pipelines pass it, is one number however large the batch.
+    flat = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
+    numbers = flat.reshape(-1).tolist()
+    same = bool(numbers) and all(number == numbers[0] for number in numbers)
+    return (float(numbers[0]) if same else None), value.device.type != "cpu"

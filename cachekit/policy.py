@@ -1,0 +1,156 @@
+"""When to recompute: the protocol every policy follows, and how policies combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from cachekit.errors import ConfigError
+
+S = TypeVar("S")
+
+NO_PROBE = (
+    "change() watches the block before the segment, and there is none here; leave the first block out, "
+    "for example segments='middle', and don't plan() it without a model"
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model call of one branch, as a policy sees it.
+
+    Attributes:
+        i: index of the step in its generation and branch, from 0.
+        t: timestep in the scheduler's units, falling (0 ... ``range``).
+        steps: number of steps of the generation, where known.
+        range: the training range of ``t`` (1000 for most models), where known.
+        previous_t: ``t`` of the step before in this branch; None at the first.
+        branch: name of the branch; empty where there is only one.
+    """
+
+    i: int
+    t: float
+    steps: int | None = None
+    range: float | None = None
+    previous_t: float | None = None
+    branch: str = ""
+    probe: Callable[[], float] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def change(self) -> float:
+        """Mean absolute change of the probe block's residual since the last recompute, relative to it.
+
+        The probe block is the one before the segment. Reading it costs one device synchronisation.
+
+        Raises:
+            ConfigError: the segment has no block before it (``"all"``, ``"model"``), or there is no model (``plan``).
+        """
+        if self.probe is None:
+            raise ConfigError(NO_PROBE)
+        return self.probe()
+
+
+class Policy(Generic[S]):
+    """Which steps to *recompute*. Immutable: all that changes is the state, which the session keeps per branch.
+
+    Override ``decide``; a policy that remembers something overrides ``init`` and ``update`` too. There are three functions
+    because a policy inside a combination must learn the *combined* decision to reset what it accumulates.
+    Whether anything is stored yet is the session's business: it recomputes then, whatever the policy says.
+
+    Attributes:
+        needs: what the policy can't work without: ``"probe"`` (``step.change``), ``"steps"`` (``step.steps``),
+            ``"end"`` (``step.steps`` or ``step.range``). Where it is missing, stats say so, or wrap raises (probe).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def init(self) -> S:
+        """The state at the start of a generation; None unless overridden."""
+        return None  # type: ignore[return-value]
+
+    def decide(self, state: S, step: Step) -> bool:
+        """True to recompute, False to reuse. Must not depend on anything but its arguments."""
+        raise NotImplementedError(f"{type(self).__name__} must define decide(self, state, step) -> bool")
+
+    def update(self, state: S, step: Step, recomputed: bool) -> S:
+        """The state after a step in which the segment was recomputed or reused; the same unless overridden."""
+        return state
+
+    def required(self) -> frozenset[str]:
+        """What this policy and those inside it need."""
+        return self.needs
+
+    def __or__(self, other: Policy[Any]) -> Policy[Any]:
+        """Recompute where either does."""
+        return AnyOf(self, other) if isinstance(other, Policy) else NotImplemented
+
+    def __and__(self, other: Policy[Any]) -> Policy[Any]:
+        """Recompute where both do."""
+        return AllOf(self, other) if isinstance(other, Policy) else NotImplemented
+
+
+@dataclass(frozen=True)
+class _Pair(Policy[tuple[Any, Any]]):
+    a: Policy[Any]
+    b: Policy[Any]
+
+    def init(self) -> tuple[Any, Any]:
+        return self.a.init(), self.b.init()
+
+    def update(self, state: tuple[Any, Any], step: Step, recomputed: bool) -> tuple[Any, Any]:
+        return self.a.update(state[0], step, recomputed), self.b.update(state[1], step, recomputed)
+
+    def required(self) -> frozenset[str]:
+        return self.a.required() | self.b.required()
+
+
+@dataclass(frozen=True)
+class AnyOf(_Pair):
+    """``a | b``."""
+
+    def decide(self, state: tuple[Any, Any], step: Step) -> bool:
+        return self.a.decide(state[0], step) or self.b.decide(state[1], step)
+
+
+@dataclass(frozen=True)
+class AllOf(_Pair):
+    """``a & b``."""
+
+    def decide(self, state: tuple[Any, Any], step: Step) -> bool:
+        return self.a.decide(state[0], step) and self.b.decide(state[1], step)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A policy together with the segments and the reuse that it was tuned or published with.
+
+    ``wrap``'s own ``segments=`` and ``reuse=`` win over both. Combined with a policy by ``|`` or ``&`` it keeps them.
+    """
+
+    policy: Policy[Any]
+    segments: Any = None
+    reuse: Any = None
+
+    def _join(self, other: Any, combine: Callable[[Policy[Any], Policy[Any]], Policy[Any]]) -> Preset:
+        if isinstance(other, Policy):
+            other = Preset(other)
+        if not isinstance(other, Preset):
+            return NotImplemented
+        for name in ("segments", "reuse"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours is not None and theirs is not None and ours != theirs:
+                raise ConfigError(f"two presets with different {name} ({ours!r}, {theirs!r}): combine their policies, or give {name}=")
+        return Preset(combine(self.policy, other.policy), self.segments or other.segments, self.reuse or other.reuse)
+
+    def __or__(self, other: Any) -> Preset:
+        return self._join(other, lambda a, b: a | b)
+
+    def __ror__(self, other: Any) -> Preset:
+        return self._join(other, lambda a, b: b | a)
+
+    def __and__(self, other: Any) -> Preset:
+        return self._join(other, lambda a, b: a & b)
+
+    def __rand__(self, other: Any) -> Preset:
+        return self._join(other, lambda a, b: b & a)

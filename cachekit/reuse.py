@@ -1,0 +1,138 @@
+"""What a reused site returns: a forecast from a short history of what was computed."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic.dataclasses import dataclass as validated
+from torch import Tensor
+
+from cachekit.errors import ConfigError
+
+
+@runtime_checkable
+class Reuse(Protocol):
+    """How a reused value is made from the history of a site.
+
+    Attributes:
+        length: how many past values are kept (one tensor each).
+        beta: what is kept is ``output - beta * input``; on reuse ``beta`` times the fresh input is added again.
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def beta(self) -> float: ...
+
+    def weights(self, times: Sequence[float], t: float) -> list[float]:
+        """One weight for each past value, newest first; missing ones count as zero."""
+        ...
+
+
+def lagrange(times: Sequence[float], t: float) -> list[float]:
+    """Weights that extrapolate any polynomial of degree ``len(times) - 1`` exactly, at any spacing of distinct nodes."""
+    result = []
+    for j, node in enumerate(times):
+        weight = 1.0
+        for k, other in enumerate(times):
+            if k != j:
+                weight *= (t - other) / (node - other)
+        result.append(weight)
+    return result
+
+
+@validated(frozen=True)
+class Forecast:
+    """Polynomial forecast in the true timesteps; order 0 holds the newest value.
+
+    TaylorSeer (arXiv 2503.06923) extrapolates with differences; Lagrange's weights keep their order on uneven nodes, which
+    its recursion does not. ``beta`` is the share of the input's own change that is passed on: 0 reuses the output,
+    1 the residual (Delta-DiT, arXiv 2406.01125).
+
+    Args:
+        order: degree of the polynomial; lowered while the history is shorter, or while the sum of the weights' absolute
+            values passes ``bound`` (a long gap after a dense stretch amplifies the values' errors by that sum).
+        beta: input correction, 0 to 1.
+        bound: largest sum of absolute weights for an order above 0.
+    """
+
+    order: NonNegativeInt = 0
+    beta: NonNegativeFloat = 0.0
+    bound: PositiveFloat = 5.0
+
+    @property
+    def length(self) -> int:
+        return self.order + 1
+
+    def weights(self, times: Sequence[float], t: float) -> list[float]:
+        """One weight for each time used, newest first, and none for older ones."""
+        for order in range(min(self.order, len(times) - 1), 0, -1):
+            result = lagrange(times[: order + 1], t)
+            if sum(map(abs, result)) <= self.bound:
+                return result
+        return [1.0]
+
+
+@dataclass
+class History:
+    """The last few values of one tensor: (timestep, value), newest first."""
+
+    entries: deque[tuple[float, Tensor]] = field(default_factory=deque)
+
+    def push(self, t: float, value: Tensor, length: int) -> None:
+        """Remember a value; one at the same time as the newest replaces it (a second evaluation, as in Heun's method)."""
+        if self.entries and self.entries[0][0] == t:
+            self.entries.popleft()
+        self.entries.appendleft((t, value))
+        while len(self.entries) > length:
+            self.entries.pop()
+
+    def value(self, t: float, reuse: Reuse) -> Tensor:
+        """The forecast at t, always a tensor of its own: the model may write into it."""
+        newest = self.entries[0][1]
+        if not newest.is_floating_point():
+            return newest.clone()
+        weights = reuse.weights([time for time, _ in self.entries], t)
+        used = [(weight, value) for weight, (_, value) in zip(weights, self.entries, strict=False) if weight != 0.0]
+        if len(used) == 1 and used[0][0] == 1.0:
+            return used[0][1].clone()
+        # Weights of both signs cancel: in half precision each product's rounding would be of the size of the change.
+        wide = torch.promote_types(newest.dtype, torch.float32)
+        total = used[0][1].to(wide) * used[0][0]
+        for weight, value in used[1:]:
+            total.add_(value, alpha=weight)
+        return total.to(newest.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.numel() * value.element_size() for _, value in self.entries)
+
+
+_SPEC = re.compile(r"(?P<residual>residual-)?taylor-(?P<order>\d+)")
+
+
+def parse_reuse(reuse: Any) -> Reuse:
+    """``"output"``, ``"residual"``, ``"taylor-K"``, ``"residual-taylor-K"``, or an object that follows ``Reuse``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if isinstance(reuse, str):
+        if reuse in ("output", "residual"):
+            return Forecast(beta=1.0 if reuse == "residual" else 0.0)
+        match = _SPEC.fullmatch(reuse)
+        if match:
+            return Forecast(order=int(match["order"]), beta=1.0 if match["residual"] else 0.0)
+    elif isinstance(reuse, Reuse):
+        return reuse
+    raise ConfigError(
+        f"unknown reuse {reuse!r}; write 'output', 'residual', 'taylor-K', 'residual-taylor-K' (K = 1, 2, ...) "
+        "or cachekit.Forecast(order=..., beta=...)"
+    )

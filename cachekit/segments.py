@@ -1,0 +1,175 @@
+"""Where to reuse: segments as users write them, and what they come to on a model's graph."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from cachekit.errors import ConfigError
+from cachekit.graph import Graph
+from cachekit.policy import Policy
+from cachekit.reuse import Reuse
+from cachekit.tree import Path
+
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A contiguous range of blocks that shares one decision.
+
+    Args:
+        start, stop: block indices as in a Python slice: negative ones count from the end, None is the end itself.
+            Where an adapter groups blocks into units, they count units. ``start="model"`` is the whole prediction.
+        policy: for this segment alone; None takes ``wrap``'s.
+        reuse: for this segment alone; None takes ``wrap``'s.
+    """
+
+    start: int | str | None = None
+    stop: int | None = None
+    policy: Any = None
+    reuse: Any = None
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the site is the whole prediction."""
+        return self.start == MODEL
+
+
+def parse_segments(segments: Any) -> tuple[Segment, ...]:
+    """``None``/``"middle"``, ``"all"``, ``"skip-K"``, ``"model"``, (start, stop), a ``Segment``, or a list of the last two.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if segments is None or segments == "middle":
+        return (Segment(1, -1),)
+    if segments == "all":
+        return (Segment(),)
+    if segments == MODEL:
+        return (Segment(MODEL),)
+    if isinstance(segments, str) and (match := re.fullmatch(r"skip-(\d+)", segments)):
+        k = int(match[1])
+        return (Segment(k, -k if k else None),)
+    if isinstance(segments, Segment):
+        return (segments,)
+    if isinstance(segments, range | slice):
+        if segments.step not in (None, 1):
+            raise ConfigError(f"segments={segments!r}: a segment is contiguous; leave the step out, or give several segments")
+        return (Segment(segments.start, segments.stop),)
+    if _is_pair(segments):
+        return (Segment(*segments),)
+    if isinstance(segments, list | tuple) and segments:
+        return tuple(found for item in segments for found in parse_segments(item))
+    raise ConfigError(
+        f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'model', (start, stop), "
+        "or a list of (start, stop) and cachekit.Segment(start, stop, policy=..., reuse=...)"
+    )
+
+
+def _is_pair(value: Any) -> bool:
+    ends = isinstance(value, tuple) and len(value) == 2
+    return ends and all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in value)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A segment with all that it needs: what wrap() makes of its arguments."""
+
+    segment: Segment
+    policy: Policy[Any]
+    reuse: Reuse
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a visit inside a segment does.
+
+    Attributes:
+        site: index of the segment.
+        run: index of the visit where this stretch of a chain starts; its inputs are what a residual counts from.
+        hold: output paths that are stored on a recompute and forecast on a reuse. Every other stream passes through.
+        entry: for each held stream, the argument path in the visit ``run`` where it enters the stretch.
+    """
+
+    site: int
+    run: int
+    hold: tuple[Path, ...]
+    entry: tuple[tuple[Path, Path], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The actions of a graph's visits, and the visit at which each segment's decision falls."""
+
+    actions: tuple[Action | None, ...]
+    firsts: tuple[int | None, ...]
+
+
+def bounds(segment: Segment, units: int) -> range:
+    """The units that a segment covers, of so many."""
+    if isinstance(segment.start, str):
+        return range(0)
+    return range(units)[slice(segment.start, segment.stop)]
+
+
+def lay_out(graph: Graph, sites: tuple[Site, ...], unit: int) -> Layout:
+    """What every visit of a graph does under these segments.
+
+    Raises:
+        ConfigError: two segments share a block, or a segment lies outside the stack.
+    """
+    blocks = graph.blocks
+    units = [blocks[k : k + unit] for k in range(0, len(blocks), unit)]
+    owner: dict[int, int] = {}
+    for k, site in enumerate(sites):
+        covered = bounds(site.segment, len(units))
+        _check_range(site.segment, len(units))
+        for v in (v for u in covered for v in units[u]):
+            if v in owner:
+                raise ConfigError(f"segments {sites[owner[v]].segment} and {site.segment} share block {graph.visits[v].block}")
+            owner[v] = k
+    actions: list[Action | None] = [None] * len(graph.visits)
+    for k, site in enumerate(sites):
+        for run in _runs(graph, [v for v in blocks if owner.get(v) == k], site.reuse):
+            _lay_run(graph, owner, k, run, actions)
+    firsts = tuple(min((v for v, o in owner.items() if o == k), default=None) for k in range(len(sites)))
+    return Layout(tuple(actions), firsts)
+
+
+def _check_range(segment: Segment, units: int) -> None:
+    ends = [end for end in (segment.start, segment.stop) if isinstance(end, int)]
+    if any(end > units or end < -units for end in ends) and not (segment.start, segment.stop) == (1, -1):
+        raise ConfigError(f"segment ({segment.start}, {segment.stop}) lies outside this stack of {units} blocks")
+
+
+def _runs(graph: Graph, members: list[int], reuse: Reuse) -> list[list[int]]:
+    # A residual needs the stretch's input and output in one layout, which only identity guarantees.
+    joined = ("same",) if reuse.beta else ("same", "layout")
+    runs: list[list[int]] = []
+    for v in members:
+        if runs and runs[-1][-1] == v - 1 and graph.visits[v].linked in joined:
+            runs[-1].append(v)
+        else:
+            runs.append([v])
+    return runs
+
+
+def _lay_run(graph: Graph, owner: dict[int, int], site: int, run: list[int], actions: list[Action | None]) -> None:
+    """Fill in the actions of one stretch: its end is held, and whatever a block outside it takes from within."""
+    taken = {
+        (source.visit, source.output)
+        for v, visit in enumerate(graph.visits)
+        for source in visit.sources
+        if owner.get(v) != site or v not in run
+    }
+    entry: dict[Path, Path] = {}
+    for v in run:
+        visit = graph.visits[v]
+        links = dict(visit.links) if v != run[0] else {}
+        same = v == run[0] or visit.linked == "same"
+        entry = {out: (entry[links[path]] if links else path) for path, out in visit.streams} if same else {}
+        outs = [out for _, out in visit.streams]
+        hold = [*visit.extras, *(out for out in outs if v == run[-1] or (v, out) in taken)]
+        actions[v] = Action(site, run[0], tuple(hold), tuple((out, entry[out]) for out in hold if out in entry))

@@ -1,0 +1,201 @@
+"""Generations, their branches, and what is stored for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cachekit.graph import Graph
+from cachekit.inputs import Inputs
+from cachekit.policy import Step
+from cachekit.reuse import History
+from cachekit.segments import Layout
+from cachekit.trajectory import Trace, same_values
+from cachekit.tree import Path
+
+# A loop that looks like a new branch at every step must not keep a store for each.
+MOST_BRANCHES = 8
+
+
+# Segment, visit (-1 for the whole prediction), path in the visit's result.
+Key = tuple[int, int, Path]
+
+
+@dataclass(frozen=True)
+class Name:
+    """A branch's name; ``binding`` where the user gave it, a hint where a pipeline did."""
+
+    text: str = ""
+    binding: bool = False
+
+
+@dataclass
+class Branch:
+    """One CFG pass of a generation: its last call, its graph, what is stored, and its policies' states."""
+
+    name: Name
+    inputs: Inputs
+    trace: Trace | None
+    i: int = 0
+    previous_t: float | None = None
+    graph: Graph | None = None
+    layout: Layout | None = None
+    structure: Any = None
+    store: dict[Key, History] = field(default_factory=dict)
+    probes: dict[int, Tensor] = field(default_factory=dict)
+    ready: set[int] = field(default_factory=set)
+    states: list[Any] = field(default_factory=list)
+
+    @property
+    def t(self) -> float:
+        """Timestep of the last call."""
+        return 0.0 if self.inputs.t is None else self.inputs.t
+
+    def fits(self, inputs: Inputs, name: Name) -> bool:
+        """Whether a call has this branch's shapes and conditioning, or its name."""
+        if name != self.name or inputs.key != self.inputs.key:
+            return False
+        if name.binding:
+            return True
+        ours = self.inputs.conditioning
+        return all(same_values(a, b) for (_, a), (_, b) in zip(ours, inputs.conditioning, strict=True))
+
+    def move(self, inputs: Inputs) -> None:
+        """Go on to the next call."""
+        self.i, self.previous_t = self.i + 1, self.t
+        self.inputs = inputs
+        if self.trace is not None and inputs.sample is not None:
+            self.trace = self.trace.advance(inputs.sample)
+
+    def drop(self) -> None:
+        """Forget the graph and everything stored; the next call is a full one."""
+        self.graph = self.layout = self.structure = None
+        self.store, self.probes, self.ready = {}, {}, set()
+
+    @property
+    def nbytes(self) -> int:
+        probes = sum(value.numel() * value.element_size() for value in self.probes.values())
+        return probes + sum(history.nbytes for history in self.store.values())
+
+
+@dataclass
+class Generation:
+    """One sampling run.
+
+    Attributes:
+        steps: its number of steps, where an explicit session says so.
+        explicit: opened by ``session()``: nothing is guessed from the samples.
+        rising: time was seen to rise; None until the second step.
+    """
+
+    steps: int | None = None
+    explicit: bool = False
+    branches: list[Branch] = field(default_factory=list)
+    t: float | None = None
+    rising: bool | None = None
+
+    def ahead(self, before: float, now: float) -> bool:
+        """Whether time went on."""
+        return now > before if self.rising else now < before
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a call belongs: its branch, and whether that began a generation; ``doubt`` says what was ambiguous."""
+
+    branch: Branch
+    new_generation: bool = False
+    doubt: str | None = None
+
+
+class Lane:
+    """The generations of one thread or asyncio task."""
+
+    def __init__(self) -> None:
+        self.generation: Generation | None = None
+        self.names: list[Name] = []
+        self.disabled = 0
+
+    @property
+    def name(self) -> Name:
+        return self.names[-1] if self.names else Name()
+
+    def place(self, inputs: Inputs, known_direction: bool) -> Placed:
+        """Find the branch that a call continues, or begin one, or begin a generation."""
+        generation, t = self.generation, inputs.t
+        if t is None:
+            raise ValueError("a call with mixed timesteps has no place in a generation")
+        if generation is None or generation.t is None:
+            return self._begin(inputs, generation)
+        fitting = [branch for branch in generation.branches if branch.fits(inputs, self.name)]
+        if generation.rising is None and t != generation.t:
+            upwards = t > generation.t and not known_direction
+            generation.rising = upwards and bool(fitting) and self._doubt(fitting[0], inputs) is None
+        if t != generation.t and not generation.ahead(generation.t, t):
+            return self._begin(inputs, generation)
+        doubt = None
+        for branch in fitting:
+            if generation.ahead(branch.t, t):
+                doubt = None if generation.explicit else self._doubt(branch, inputs)
+                if doubt is None:
+                    return self._continue(branch, inputs)
+                if "first sample" in doubt:
+                    return Placed(self._begin(inputs, None).branch, True, doubt)
+        if doubt is None and (placed := self._same_time(generation, fitting, inputs)) is not None:
+            return placed
+        return Placed(self._branch(generation, inputs), False, doubt)
+
+    def _same_time(self, generation: Generation, fitting: Sequence[Branch], inputs: Inputs) -> Placed | None:
+        here = [branch for branch in generation.branches if branch.t == inputs.t]
+        other_sample = bool(here) and not any(self._same_sample(branch, inputs) for branch in here)
+        if other_sample and not generation.explicit and all(branch.i == 0 for branch in generation.branches):
+            return self._begin(inputs, generation)
+        for branch in fitting:
+            if branch.t == inputs.t and (branch.name.binding or not self._same_sample(branch, inputs)):
+                return self._continue(branch, inputs)
+        return None
+
+    def _begin(self, inputs: Inputs, generation: Generation | None) -> Placed:
+        explicit = generation is not None and generation.explicit
+        steps = generation.steps if generation is not None else None
+        self.generation = Generation(steps, explicit)
+        return Placed(self._branch(self.generation, inputs), True)
+
+    def _branch(self, generation: Generation, inputs: Inputs) -> Branch:
+        trace = None if inputs.sample is None else Trace.start(inputs.sample)
+        branch = Branch(self.name, inputs, trace)
+        generation.branches.append(branch)
+        del generation.branches[:-MOST_BRANCHES]
+        generation.t = inputs.t
+        return branch
+
+    def _continue(self, branch: Branch, inputs: Inputs) -> Placed:
+        branch.move(inputs)
+        if self.generation is not None:
+            self.generation.t = inputs.t
+        return Placed(branch)
+
+    @staticmethod
+    def _doubt(branch: Branch, inputs: Inputs) -> str | None:
+        if branch.trace is None or inputs.sample is None or branch.name.binding:
+            return None
+        return branch.trace.follows(inputs.sample)
+
+    @staticmethod
+    def _same_sample(branch: Branch, inputs: Inputs) -> bool:
+        return branch.trace is not None and inputs.sample is not None and branch.trace.ends_at(inputs.sample)
+
+
+def step_of(branch: Branch, generation: Generation, time_range: float | None) -> Step:
+    """What a policy sees of a branch's current call."""
+    return Step(
+        i=branch.i,
+        t=branch.t,
+        steps=generation.steps,
+        range=time_range,
+        previous_t=branch.previous_t,
+        branch=branch.name.text,
+    )

@@ -1,0 +1,105 @@
+"""Policies as text: "skip-every-2", "N2-700-50", "every-2 | outside-700-50"."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+
+from cachekit.errors import ConfigError
+from cachekit.policy import Policy, Preset
+
+_NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+_LEAF = re.compile(rf"(?P<name>[A-Za-z][A-Za-z0-9-]*?)-?(?P<numbers>{_NUMBER}(?:-{_NUMBER})*)?")
+_TOKEN = re.compile(r"\s*([|&()]|[^|&()\s]+)")
+
+
+def known_policies() -> dict[str, Callable[..., Any]]:
+    """Name in a spec string -> what makes the policy: cachekit's own, and those of entry points ``cachekit.policies``."""
+    from cachekit.policies import POLICIES
+
+    return {**POLICIES, **{entry.name: entry.load() for entry in entry_points(group="cachekit.policies")}}
+
+
+def parse_policy(policy: Any) -> Preset:
+    """A spec string, a policy or a preset, as a preset.
+
+    In a string, ``&`` binds closer than ``|``, as in Python; parentheses group.
+
+    Raises:
+        ConfigError: an unknown name (known ones are listed), numbers that a policy refuses, or something else altogether.
+    """
+    if isinstance(policy, Preset):
+        return policy
+    if isinstance(policy, Policy):
+        return Preset(policy)
+    if not isinstance(policy, str):
+        raise ConfigError(f"policy={policy!r} is neither a spec string such as 'skip-every-2' nor a cachekit.Policy")
+    tokens = _TOKEN.findall(policy)
+    parser = _Parser(tokens, policy, known_policies())
+    result = parser.either()
+    if parser.tokens:
+        raise ConfigError(f"can't read {policy!r} from {parser.tokens[0]!r} on; join policies with | or &")
+    return result if isinstance(result, Preset) else Preset(result)
+
+
+class _Parser:
+    """Recursive descent over ``either := both ('|' both)*``, ``both := leaf ('&' leaf)*``."""
+
+    def __init__(self, tokens: list[str], text: str, known: Mapping[str, Callable[..., Any]]) -> None:
+        self.tokens, self.text, self.known = tokens, text, known
+
+    def _take(self, token: str) -> bool:
+        if self.tokens and self.tokens[0] == token:
+            self.tokens.pop(0)
+            return True
+        return False
+
+    def either(self) -> Any:
+        result = self.both()
+        while self._take("|"):
+            result = result | self.both()
+        return result
+
+    def both(self) -> Any:
+        result = self.leaf()
+        while self._take("&"):
+            result = result & self.leaf()
+        return result
+
+    def leaf(self) -> Any:
+        if self._take("("):
+            result = self.either()
+            if not self._take(")"):
+                raise ConfigError(f"{self.text!r} lacks a closing parenthesis")
+            return result
+        if not self.tokens or self.tokens[0] in "|&)":
+            raise ConfigError(f"{self.text!r} lacks a policy; write for example 'every-2 | outside-700-50'")
+        return make(self.tokens.pop(0), self.known)
+
+
+def make(leaf: str, known: Mapping[str, Callable[..., Any]]) -> Any:
+    """One policy from its spec, such as ``"every-2"``.
+
+    Raises:
+        ConfigError: as ``parse_policy``.
+    """
+    match = _LEAF.fullmatch(leaf)
+    if match is None or match["name"] not in known:
+        listed = ", ".join(sorted(_usage(name, maker) for name, maker in known.items()))
+        raise ConfigError(f"unknown policy {leaf!r}; known: {listed}; join them with | or &")
+    maker = known[match["name"]]
+    numbers = re.findall(_NUMBER, match["numbers"] or "")
+    try:
+        return maker(*(float(number) if "." in number or "e" in number else int(number) for number in numbers))
+    except (ValidationError, TypeError) as error:
+        raise ConfigError(f"{leaf!r} does not fit {_usage(match['name'], maker)}: {error}") from error
+
+
+def _usage(name: str, maker: Callable[..., Any]) -> str:
+    names = [parameter.upper() for parameter in inspect.signature(maker).parameters]
+    return "-".join([name, *names]) if name != "N" else f"N{'-'.join(names)}"

@@ -1,0 +1,67 @@
+"""What a wrapped model did: counted, never assumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Record:
+    """One model call: step index, timestep, branch, and for each block visit in order whether the block ran."""
+
+    i: int
+    t: float
+    branch: str
+    recomputed: tuple[bool, ...]
+
+
+@dataclass
+class Stats:
+    """Counts since ``wrap`` or the last ``reset()``; ``records`` are those of the generation that started last.
+
+    Attributes:
+        steps: model calls.
+        generations: generations that were begun.
+        blocks_run, blocks_total: block visits that ran, and that the uncached model would have run.
+        bytes_held, bytes_peak: bytes of stored tensors now, and at the most.
+        synchronisations: device synchronisations that decisions caused (timesteps on the device, probes).
+        uncached: reason -> number of calls that were computed in full for it, with nothing stored.
+        dropped: reason -> how often what was stored was dropped and computed again.
+        notes: sentences about what could not be done as asked.
+        records: one for each model call of the current generation.
+    """
+
+    steps: int = 0
+    generations: int = 0
+    blocks_run: int = 0
+    blocks_total: int = 0
+    bytes_held: int = 0
+    bytes_peak: int = 0
+    synchronisations: int = 0
+    uncached: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: set[str] = field(default_factory=set)
+    records: list[Record] = field(default_factory=list)
+
+    def count(self, record: Record) -> None:
+        """Add one model call."""
+        self.steps += 1
+        self.blocks_run += sum(record.recomputed)
+        self.blocks_total += len(record.recomputed)
+        self.records.append(record)
+
+    def hold(self, nbytes: int) -> None:
+        """Note how many bytes are stored now."""
+        self.bytes_held = nbytes
+        self.bytes_peak = max(self.bytes_peak, nbytes)
+
+    def __str__(self) -> str:
+        share = self.blocks_run / self.blocks_total if self.blocks_total else 1.0
+        lines = [
+            f"{self.steps} steps in {self.generations} generations: {self.blocks_run} of {self.blocks_total} blocks run ({share:.0%})",
+            f"{self.bytes_held / 2**20:.1f} MiB held, {self.bytes_peak / 2**20:.1f} MiB at the most",
+        ]
+        lines += [f"computed in full {count} times: {reason}" for reason, count in self.uncached.items()]
+        lines += [f"stored values dropped {count} times: {reason}" for reason, count in self.dropped.items()]
+        return "\n".join([*lines, *sorted(self.notes)])

@@ -1,0 +1,76 @@
+"""Tell one sampling trajectory from another by its samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The sine of the angle between two samples. Independent noise stands at 1 (a right angle); the steps of one trajectory, at
+# the coarsest schedules that caching serves, stay well under half a right angle.
+UNLIKE = 0.87
+# The first sample again, perhaps scaled by the sampler, is parallel to itself up to rounding (1e-7 to 1e-3 in half precision).
+PARALLEL = 1e-3
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers. Synchronises the device unless they are the same object."""
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(torch.equal(a, b)))
+
+
+def sines(sample: Tensor, others: list[Tensor]) -> list[float]:
+    """For each of the others, the sine of its angle to the sample (over 1 where it points away). One synchronisation."""
+    x = sample.detach().flatten().float()
+    found = []
+    for other in others:
+        y = other.flatten().float()
+        along = torch.dot(x, y) / torch.dot(y, y)
+        found.append(torch.where(along > 0, torch.linalg.vector_norm(x - along * y) / torch.linalg.vector_norm(x), 2.0))
+    return [float(value) for value in torch.stack(found).tolist()]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The first and the last sample of a branch, as copies: samplers may write into theirs.
+
+    Attributes:
+        first, last: the copies.
+        object, version: the last sample itself and how often it had been written into, to know it again at no cost.
+    """
+
+    first: Tensor
+    last: Tensor
+    object: Tensor
+    version: int | None
+
+    @classmethod
+    def start(cls, sample: Tensor) -> Trace:
+        """A trace of one sample."""
+        copy = sample.detach().clone()
+        return cls(copy, copy, sample, _version(sample))
+
+    def advance(self, sample: Tensor) -> Trace:
+        """The trace with one sample more."""
+        return Trace(self.first, sample.detach().clone(), sample, _version(sample))
+
+    def ends_at(self, sample: Tensor) -> bool:
+        """Whether this is the last sample, the same object or an equal one."""
+        if sample is self.object and self.version is not None and self.version == _version(sample):
+            return True
+        return same_values(self.last, sample)
+
+    def follows(self, sample: Tensor) -> str | None:
+        """None where the sample can be this trajectory's next one, else what speaks against it."""
+        if not sample.is_floating_point():
+            return None
+        first, last = sines(sample, [self.first, self.last])
+        if first < PARALLEL:
+            return "the first sample again at another timestep"
+        if last > UNLIKE:
+            return "a sample unlike the one before"
+        return None
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

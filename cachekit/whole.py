@@ -1,0 +1,40 @@
+"""The whole prediction as a site: no block is run on a reused step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from cachekit.decisions import Decisions
+from cachekit.errors import ConfigError
+from cachekit.graph import signature
+from cachekit.tree import replaced, tensors, without_tensors
+
+VISIT = -1
+
+
+def store_prediction(decisions: Decisions, k: int, result: Any, sample: Tensor | None) -> None:
+    """Keep a model's result; with a residual, less its share of the sample.
+
+    Raises:
+        ConfigError: a residual is asked for, and the prediction has another shape than the sample.
+    """
+    for path, tensor in tensors(result):
+        if sample is not None and signature(sample) != signature(tensor):
+            raise ConfigError(
+                f"a residual of the whole prediction needs one of the sample's shape {tuple(sample.shape)}, "
+                f"and this model's is {tuple(tensor.shape)}; use reuse='output' or 'taylor-K', or another segment"
+            )
+        decisions.keep(k, VISIT, path, tensor, sample if decisions.sites[k].reuse.beta else None)
+    decisions.branch.structure = without_tensors(result)
+    decisions.branch.ready.add(k)
+    decisions.made[k] = True
+
+
+def whole_prediction(decisions: Decisions, k: int) -> Any:
+    """What the model returns on a reused step."""
+    branch = decisions.branch
+    sample = branch.inputs.sample if decisions.sites[k].reuse.beta else None
+    paths = [path for site, v, path in branch.store if site == k and v == VISIT]
+    return replaced(branch.structure, {path: decisions.forecast(k, VISIT, path, sample) for path in paths})

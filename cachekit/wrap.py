@@ -1,0 +1,130 @@
+"""wrap, unwrap, and the handle that a wrapped model carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from cachekit.adapter import Adapter, adapter_for
+from cachekit.engine import Engine
+from cachekit.errors import ConfigError, ModelError
+from cachekit.policy import NO_PROBE, Preset
+from cachekit.reuse import parse_reuse
+from cachekit.segments import Site, parse_segments
+from cachekit.session import Generation, Name
+from cachekit.spec import parse_policy
+from cachekit.stats import Stats
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Handle:
+    """What a wrapped model carries as ``model.cachekit``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def stats(self) -> Stats:
+        """What was run, reused and held, and what could not be cached."""
+        return self._engine.stats
+
+    @property
+    def adapter(self) -> Adapter:
+        """The facts about the model that are in use."""
+        return self._engine.adapter
+
+    def reset(self) -> None:
+        """Forget everything stored and start the statistics anew."""
+        self._engine.stats = Stats()
+        self._engine.reset()
+
+    def session(self, *, steps: int | None = None, timesteps: Sequence[float] | None = None) -> AbstractContextManager[None]:
+        """One generation, said explicitly: nothing is guessed from the samples, and nothing is held afterwards.
+
+        It covers the thread or asyncio task that enters it.
+
+        Args:
+            steps: number of model calls of one branch, for guards of the last steps.
+            timesteps: the schedule instead; only its length is used.
+
+        Raises:
+            ConfigError: both are given and disagree, or steps is no positive number.
+        """
+        if timesteps is not None:
+            if steps is not None and steps != len(timesteps):
+                raise ConfigError(f"steps={steps}, but there are {len(timesteps)} timesteps; give one of them")
+            steps = len(timesteps)
+        if steps is not None and steps < 1:
+            raise ConfigError(f"steps={steps}: a generation has at least one step")
+        return self._engine.within(Generation(steps, explicit=True))
+
+    def branch(self, name: str) -> AbstractContextManager[None]:
+        """Calls within are of the CFG branch of this name, whatever their conditioning."""
+        return self._engine.named(Name(name, binding=True))
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Calls within run as if the model were not wrapped; what is stored stays."""
+        return self._engine.disabled()
+
+    def remove(self) -> None:
+        """The same as ``cachekit.unwrap(model)``."""
+        unwrap(self._engine.model)
+
+
+def wrap(model: M, policy: Any = "skip-every-2", *, segments: Any = None, reuse: Any = None, adapter: Adapter | str | None = None) -> M:
+    """Make a transformer's block stack skippable per denoising step.
+
+    Args:
+        model: any module whose forward takes a sample and a timestep and runs blocks; changed in place, keys and weights untouched.
+        policy: when to recompute: a spec such as ``"skip-every-2"``, ``"N2-700-50"`` or ``"every-2 | outside-700-50"``, or a ``Policy``.
+        segments: where: ``"middle"`` (all but the first and last block; the default), ``"all"``, ``"skip-K"``, ``"model"`` (the whole
+            prediction), (start, stop), or a list of these and of ``Segment``.
+        reuse: what a reused segment returns: ``"output"`` (the default of literal policies), ``"residual"``, ``"taylor-K"``,
+            ``"residual-taylor-K"``, or a ``Forecast``.
+        adapter: an ``Adapter`` or the name of one; found by the model's class otherwise.
+
+    Returns:
+        The same model, with ``model.cachekit`` for statistics and control. One that is wrapped already gets the new policy.
+
+    Raises:
+        ConfigError: a policy, segment, reuse or adapter that can't be read.
+        ModelError: not a module, or one that holds or lies in another wrapped module.
+    """
+    sites = _sites(parse_policy(policy), segments, reuse)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{type(model).__name__} is no torch.nn.Module; wrap the transformer itself, for example pipe.transformer")
+    for name, module in model.named_modules():
+        if name and "cachekit" in module.__dict__:
+            raise ModelError(f"its module {name!r} is wrapped already; cachekit.unwrap that one first, or wrap only one of the two")
+    unwrap(model)
+    engine = Engine(model, sites, adapter_for(model, adapter))
+    engine.attach()
+    model.__dict__["cachekit"] = Handle(engine)
+    return model
+
+
+def unwrap(model: M) -> M:
+    """Take everything out again: every ``__dict__`` is as it was before ``wrap``. A model that is not wrapped stays as it is."""
+    handle = model.__dict__.get("cachekit") if isinstance(model, nn.Module) else None
+    if isinstance(handle, Handle):
+        handle._engine.detach()
+        del model.__dict__["cachekit"]
+    return model
+
+
+def _sites(preset: Preset, segments: Any, reuse: Any) -> tuple[Site, ...]:
+    default_reuse = reuse if reuse is not None else preset.reuse
+    made = []
+    for segment in parse_segments(segments if segments is not None else preset.segments):
+        own = preset if segment.policy is None else parse_policy(segment.policy)
+        chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
+        if segment.is_model and "probe" in own.policy.required():
+            raise ConfigError(NO_PROBE)
+        made.append(Site(segment, own.policy, parse_reuse(chosen)))
+    if sum(site.segment.is_model for site in made) > 1:
+        raise ConfigError("segments name the whole prediction ('model') twice; once is enough")
+    return tuple(made)

@@ -1,0 +1,26 @@
+"""A threshold on what the block before the segment shows."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import NonNegativeFloat
+from pydantic.dataclasses import dataclass
+
+from cachekit.policy import Policy, Step
+
+
+@dataclass(frozen=True)
+class change(Policy[None]):  # noqa: N801
+    """Recompute when the probe block's residual has changed by more than the threshold since the last recompute.
+
+    The change is mean|r - r_last| / mean|r_last| (First-Block Cache, ParaAttention); on segments ``"middle"`` the probe is the
+    first block. Costs one device synchronisation a step.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"probe"})
+    threshold: NonNegativeFloat
+
+    def decide(self, state: None, step: Step) -> bool:
+        # Written this way round, a change that is no number recomputes.
+        return not step.change <= self.threshold

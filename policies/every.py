@@ -1,0 +1,18 @@
+"""Fixed period."""
+
+from __future__ import annotations
+
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+from cachekit.policy import Policy, Step
+
+
+@dataclass(frozen=True)
+class every(Policy[None]):  # noqa: N801
+    """Recompute at steps 0, n, 2n, ..., counted over the whole generation (FORA, arXiv 2407.01425; Skip-Cache, 2411.17616)."""
+
+    n: PositiveInt
+
+    def decide(self, state: None, step: Step) -> bool:
+        return step.i % self.n == 0

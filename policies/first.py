@@ -1,0 +1,18 @@
+"""A warm-up."""
+
+from __future__ import annotations
+
+from pydantic import NonNegativeInt
+from pydantic.dataclasses import dataclass
+
+from cachekit.policy import Policy, Step
+
+
+@dataclass(frozen=True)
+class first(Policy[None]):  # noqa: N801
+    """Recompute the first n steps."""
+
+    n: NonNegativeInt
+
+    def decide(self, state: None, step: Step) -> bool:
+        return step.i < self.n

@@ -1,0 +1,31 @@
+"""What every test runs under: one thread, fixed seeds, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("ci", max_examples=40, derandomize=True, database=None, **_common)
+settings.register_profile("dev", max_examples=40, **_common)
+settings.register_profile("thorough", max_examples=1000, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Small tensors gain nothing from threads, and bit-equality must not hang on how work was split.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> Iterator[None]:
+    """The same numbers in whatever order tests run; gradients as they were."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        yield
