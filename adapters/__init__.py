@@ -3,5 +3,22 @@
 from __future__ import annotations
 
 from cachekit.adapter import Adapter
+from cachekit.adapters.dit import DIT
+from cachekit.adapters.flow import COGVIDEOX, FLUX, STABLE_DIFFUSION_3, WAN
+from cachekit.adapters.hunyuan import HUNYUAN_DIT, HUNYUAN_VIDEO, HUNYUAN_VIDEO_ORIGINAL
+from cachekit.adapters.latte import LATTE, LATTE_T2V
+from cachekit.adapters.pixart import PIXART
 
-ADAPTERS: tuple[Adapter, ...] = ()
+ADAPTERS: tuple[Adapter, ...] = (
+    DIT,
+    PIXART,
+    LATTE_T2V,
+    LATTE,
+    HUNYUAN_DIT,
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_ORIGINAL,
+    FLUX,
+    STABLE_DIFFUSION_3,
+    WAN,
+    COGVIDEOX,
+)

@@ -2,7 +2,10 @@
 
 from cachekit import policies
 from cachekit.adapter import Adapter
+from cachekit.anatomy import graph
+from cachekit.check import Finding, Report, check
 from cachekit.errors import CachekitError, ConfigError, ModelError
+from cachekit.graph import Cost, Graph, Visit
 from cachekit.policy import Policy, Preset, Step
 from cachekit.reuse import Forecast, Reuse
 from cachekit.schedule import Schedule, plan
@@ -14,17 +17,24 @@ __all__ = [
     "Adapter",
     "CachekitError",
     "ConfigError",
+    "Cost",
+    "Finding",
     "Forecast",
+    "Graph",
     "Handle",
     "ModelError",
     "Policy",
     "Preset",
     "Record",
+    "Report",
     "Reuse",
     "Schedule",
     "Segment",
     "Stats",
     "Step",
+    "Visit",
+    "check",
+    "graph",
     "plan",
     "policies",
     "unwrap",

@@ -189,7 +189,7 @@ class Engine:
         """Run one call under these decisions; returns which visits ran, and the result."""
         branch = decisions.branch
         whole = [k for k, site in enumerate(self.sites) if site.segment.is_model]
-        if branch.graph is not None and whole and not all([decisions.recompute(k) for k in whole]):
+        if branch.graph is not None and whole and not decisions.recompute(whole[0]):
             return (False,) * len(branch.graph.visits), whole_prediction(decisions, whole[0])
         if branch.graph is None or branch.layout is None:
             self.attach()
@@ -203,7 +203,7 @@ class Engine:
             call.close()
             if not call.recomputed:
                 self.stats.notes.add(
-                    "no block was seen running: compile the blocks (block.compile()), not the whole model, or use segments='model'"
+                    "no block was seen running: compile the blocks (block.compile()), not the whole model; or use segments='model'"
                 )
         elif isinstance(call, KnownCall):
             call.finish()
@@ -244,7 +244,9 @@ class Engine:
         known["end"] = known["steps"] or self.adapter.range is not None
         for need in {need for site in self.sites for need in site.policy.required() if not known.get(need, True)}:
             what = "the number of steps is" if need == "steps" else "neither the number of steps nor the timesteps' range is"
-            self.stats.notes.add(f"the guard of the last steps was off: {what} known; sample within model.cachekit.session(steps=...)")
+            self.stats.notes.add(
+                f"the guard of the last steps was off: {what} known; sample within model.cachekit.session(steps=...)"
+            )
 
     def _synchronised(self) -> None:
         self.stats.synchronisations += 1

@@ -67,10 +67,24 @@ class Visit:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one visit costs: the block's parameters, and the floating-point operations of this call."""
+
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class Graph:
-    """The visits of a model call in order. ``blocks``, ``chains`` and segments count those that are blocks."""
+    """The visits of a model call in order. ``blocks``, ``chains`` and segments count those that are blocks.
+
+    Attributes:
+        visits: every call of a candidate block, in order.
+        costs: one for each visit, where they were measured (``cachekit.graph``).
+    """
 
     visits: tuple[Visit, ...]
+    costs: tuple[Cost, ...] = field(default=(), compare=False)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -99,3 +113,34 @@ class Graph:
                 if source.path not in streams and early.is_block and early.signatures[0] == visit.signatures[0]:
                     found.append((source.visit, v))
         return tuple(found)
+
+    def __str__(self) -> str:
+        """A line for each visit: where chains start, what streams run through, what long skips come in, and its cost."""
+        rows = [("block", "class", "chain", "streams", "long skip from", "parameters", "flops")]
+        chain_of = {v: c for c, chain in enumerate(self.chains) for v in chain}
+        skips = {late: early for early, late in self.long_skips}
+        for v, visit in enumerate(self.visits):
+            linked = {None: "starts ", "same": "", "layout": "relayout "}[visit.linked] if v in chain_of else "no block"
+            rows.append(
+                (
+                    visit.block,
+                    visit.kind,
+                    f"{linked}{chain_of.get(v, '')}",
+                    ", ".join(_name(path) for path, _ in visit.streams),
+                    self.visits[skips[v]].block if v in skips else "",
+                    f"{self.costs[v].parameters:,}" if self.costs else "",
+                    f"{self.costs[v].flops:.3g}" if self.costs else "",
+                )
+            )
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(
+            [
+                *table,
+                f"{len(self.blocks)} blocks in {len(self.chains)} chains, {len(self.long_skips)} long skip connections",
+            ]
+        )
+
+
+def _name(path: Path) -> str:
+    return ".".join(f"argument {key}" if k == 0 and isinstance(key, int) else str(key) for k, key in enumerate(path))

@@ -136,11 +136,13 @@ class Preset:
         if isinstance(other, Policy):
             other = Preset(other)
         if not isinstance(other, Preset):
-            return NotImplemented
+            return NotImplemented  # type: ignore[no-any-return]
         for name in ("segments", "reuse"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours is not None and theirs is not None and ours != theirs:
-                raise ConfigError(f"two presets with different {name} ({ours!r}, {theirs!r}): combine their policies, or give {name}=")
+                raise ConfigError(
+                    f"two presets with different {name} ({ours!r}, {theirs!r}): combine their policies, or give {name}="
+                )
         return Preset(combine(self.policy, other.policy), self.segments or other.segments, self.reuse or other.reuse)
 
     def __or__(self, other: Any) -> Preset:

@@ -51,19 +51,17 @@ def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Pa
 
 def pick(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> Any:
     """What stands at an argument path, or None where the call has nothing there."""
-    value: Any = args if isinstance(path[0], int) else kwargs
-    for key in path:
-        try:
-            value = value[key] if isinstance(value, Mapping | tuple | list) else getattr(value, str(key))
-        except (KeyError, IndexError, AttributeError):
-            return None
-    return value
+    try:
+        return get(args if isinstance(path[0], int) else kwargs, path)
+    except (KeyError, IndexError, AttributeError):
+        return None
 
 
 def get(value: Any, path: Path) -> Any:
     """What stands at a path of a result; the empty path is the result itself."""
     for key in path:
-        value = value[key] if isinstance(value, Mapping | tuple | list) else getattr(value, str(key))
+        holder: Any = value
+        value = holder[key] if isinstance(value, Mapping | tuple | list) else getattr(value, str(key))
     return value
 
 

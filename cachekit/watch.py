@@ -80,7 +80,11 @@ class Watch:
         for path, tensor in outs:
             inference = tensor.is_inference()
             produced = _Produced(
-                weakref.ref(tensor), v, path, None if inference else tensor._version, tensor.clone() if inference else None
+                weakref.ref(tensor),
+                v,
+                path,
+                None if inference else tensor._version,
+                tensor.clone() if inference else None,
             )
             self._produced[id(tensor)] = produced
             self._last.append(produced)

@@ -69,7 +69,9 @@ class WatchedCall(PlainCall):
         branch.layout = layout = lay_out(graph, sites, self.adapter.unit)
         lacking = set()
         for v, action in enumerate(layout.actions):
-            for path in action.hold if action is not None else ():
+            if action is None:
+                continue
+            for path in action.hold:
                 value = self._outputs.get(v, {}).get(path)
                 at = dict(action.entry).get(path) if sites[action.site].reuse.beta else None
                 entry = self._inputs.get(action.run, {}).get(at) if at is not None else None

@@ -75,7 +75,14 @@ class Handle:
         unwrap(self._engine.model)
 
 
-def wrap(model: M, policy: Any = "skip-every-2", *, segments: Any = None, reuse: Any = None, adapter: Adapter | str | None = None) -> M:
+def wrap(
+    model: M,
+    policy: Any = "skip-every-2",
+    *,
+    segments: Any = None,
+    reuse: Any = None,
+    adapter: Adapter | str | None = None,
+) -> M:
     """Make a transformer's block stack skippable per denoising step.
 
     Args:

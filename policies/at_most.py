@@ -9,7 +9,7 @@ from cachekit.policy import Policy, Step
 
 
 @dataclass(frozen=True)
-class at_most(Policy[int]):  # noqa: N801
+class at_most(Policy[int]):
     """Recompute after n reuses in a row, whoever decided them."""
 
     n: NonNegativeInt

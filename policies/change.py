@@ -11,7 +11,7 @@ from cachekit.policy import Policy, Step
 
 
 @dataclass(frozen=True)
-class change(Policy[None]):  # noqa: N801
+class change(Policy[None]):
     """Recompute when the probe block's residual has changed by more than the threshold since the last recompute.
 
     The change is mean|r - r_last| / mean|r_last| (First-Block Cache, ParaAttention); on segments ``"middle"`` the probe is the

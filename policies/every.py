@@ -9,7 +9,7 @@ from cachekit.policy import Policy, Step
 
 
 @dataclass(frozen=True)
-class every(Policy[None]):  # noqa: N801
+class every(Policy[None]):
     """Recompute at steps 0, n, 2n, ..., counted over the whole generation (FORA, arXiv 2407.01425; Skip-Cache, 2411.17616)."""
 
     n: PositiveInt

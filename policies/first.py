@@ -9,7 +9,7 @@ from cachekit.policy import Policy, Step
 
 
 @dataclass(frozen=True)
-class first(Policy[None]):  # noqa: N801
+class first(Policy[None]):
     """Recompute the first n steps."""
 
     n: NonNegativeInt

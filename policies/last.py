@@ -12,7 +12,7 @@ from cachekit.policy import Policy, Step
 
 
 @dataclass(frozen=True)
-class last(Policy[None]):  # noqa: N801
+class last(Policy[None]):
     """Recompute the last n steps. Needs their number: ``model.cachekit.session(steps=...)``; stats say where it was off."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"steps"})
@@ -23,7 +23,7 @@ class last(Policy[None]):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class tail(Policy[None]):  # noqa: N801
+class tail(Policy[None]):
     """Recompute the last share of the steps, at least two; where their number is unknown, t under that share of its range."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"end"})

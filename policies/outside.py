@@ -9,7 +9,7 @@ from cachekit.policy import Policy, Step
 
 
 @dataclass(frozen=True)
-class outside(Policy[None]):  # noqa: N801
+class outside(Policy[None]):
     """Recompute outside the window start > t >= close (Skip-Cache, arXiv 2411.17616).
 
     As in the authors' code the lower bound takes effect one call late: the first step below ``close`` may still reuse.

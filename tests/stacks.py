@@ -178,9 +178,7 @@ class Stack(nn.Module):
         self.context = nn.Linear(width, width)
         self.label = nn.Embedding(10, CONTEXT * width)
         self.head = nn.Linear(width, CHANNELS)
-        self.hint = (
-            nn.Linear(width, width) if spec.hint != "none" or "iadd" in spec.glue or "add" in spec.glue else None
-        )
+        self.hint = nn.Linear(width, width) if spec.hint != "none" or "iadd" in spec.glue or "add" in spec.glue else None
         self._make_blocks(spec)
 
     def _make_blocks(self, spec: StackSpec) -> None:
@@ -405,9 +403,7 @@ def given_time(spec: StackSpec, t: float, batch: int) -> Any:
         return t
     if spec.time == "scalar":
         return torch.tensor(t)
-    return torch.full(
-        (batch,), t if spec.time == "float" else int(t), dtype=torch.float32 if spec.time == "float" else torch.int64
-    )
+    return torch.full((batch,), t if spec.time == "float" else int(t), dtype=torch.float32 if spec.time == "float" else torch.int64)
 
 
 def conditioning(spec: StackSpec, batch: int, seed: int) -> Tensor:
@@ -418,9 +414,7 @@ def conditioning(spec: StackSpec, batch: int, seed: int) -> Tensor:
     return torch.randn(batch, CONTEXT, spec.width, generator=generator)
 
 
-def noise(
-    spec: StackSpec, batch: int, seed: int, tokens: int | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def noise(spec: StackSpec, batch: int, seed: int, tokens: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, N, CHANNELS)."""
     generator = torch.Generator().manual_seed(seed + 1)
     return torch.randn(batch, tokens or spec.tokens, CHANNELS, generator=generator).to(dtype)

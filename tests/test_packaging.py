@@ -23,9 +23,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# One worker, so that the builds are made once.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"cachekit": "cachekit", "cachekit.adapters": "adapters", "cachekit.policies": "policies"}
 LINKED = ("adapters", "policies")

@@ -808,16 +808,19 @@ def plain_cases(draw: Any) -> tuple[Case, list[tuple[int, int]], list[Policy[Any
     ranges = list(zip(cuts, cuts[1:], strict=False))
     theirs = [draw(policies()) for _ in ranges]
     reuse = draw(
-        st.builds(Forecast, order=st.integers(0, 3), beta=st.sampled_from((0.0, 0.5, 1.0)), bound=st.sampled_from((1.5, 5.0, 50.0)))
+        st.builds(
+            Forecast,
+            order=st.integers(0, 3),
+            beta=st.sampled_from((0.0, 0.5, 1.0)),
+            bound=st.sampled_from((1.5, 5.0, 50.0)),
+        )
     )
     written = [cachekit.Segment(*pair, policy=policy) for pair, policy in zip(ranges, theirs, strict=True)]
     return Case(spec, every(1), written, reuse, True), ranges, theirs, reuse
 
 
 @given(plain_cases(), runs)
-def test_equal_to_the_loop_written_by_hand(
-    drawn: tuple[Case, list[tuple[int, int]], list[Policy[Any]], Any], run: Run
-) -> None:
+def test_equal_to_the_loop_written_by_hand(drawn: tuple[Case, list[tuple[int, int]], list[Policy[Any]], Any], run: Run) -> None:
     case, ranges, theirs, reuse = drawn
     run = replace(run, dtype=torch.float64)
     plans = [list(cachekit.plan(policy, run.times)) for policy in theirs]

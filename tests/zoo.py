@@ -404,9 +404,7 @@ HUNYUAN_VIDEO = Case(
     "HunyuanVideoTransformer3DModel", _hunyuan_video, _own_dtype, _video(4), _hunyuan_video_condition, _DOUBLE_SINGLE
 )
 # Packed latents: tokens of 2 x 2 patches, (height / 2) * (width / 2) of them.
-FLUX = Case(
-    "FluxTransformer2DModel", _flux, _thousandth, lambda size: (size * size // 4, 16), _flux_condition, _DOUBLE_SINGLE
-)
+FLUX = Case("FluxTransformer2DModel", _flux, _thousandth, lambda size: (size * size // 4, 16), _flux_condition, _DOUBLE_SINGLE)
 SD3 = Case("SD3Transformer2DModel", _sd3, _float, _image(4), _sd3_condition, _paths("transformer_blocks", 6))
 COGVIDEOX = Case(
     "CogVideoXTransformer3DModel",

@@ -1,0 +1,32 @@
+"""Hunyuan-DiT (arXiv 2405.08748) with its native long skip connections, and HunyuanVideo (arXiv 2412.03603) with two streams.
+
+The long skips need no word here: the graph shows them. HunyuanVideo's text refiner holds a list of blocks too, which is not
+part of the stack.
+"""
+
+from __future__ import annotations
+
+from cachekit.adapter import Adapter
+
+HUNYUAN_DIT = Adapter(name="hunyuan-dit", classes=("HunyuanDiT2DModel", "HunYuanDiT"), range=1000)
+HUNYUAN_VIDEO = Adapter(
+    name="hunyuan-video",
+    classes=(
+        "HunyuanVideoTransformer3DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
+        "HunyuanVideo15Transformer3DModel",
+        "HunyuanImageTransformer2DModel",
+    ),
+    range=1000,
+    stack=r"(single_)?transformer_blocks\.\d+",
+    attention=("attn",),
+    mlp=("ff", "proj_mlp"),
+)
+HUNYUAN_VIDEO_ORIGINAL = Adapter(
+    name="hunyuan-video-original",
+    classes=("HYVideoDiffusionTransformer",),
+    range=1000,
+    stack=r"(double|single)_blocks\.\d+",
+    attention=("img_attn_qkv", "txt_attn_qkv", "linear1"),
+    mlp=("img_mlp", "txt_mlp", "linear2"),
+)

@@ -1,0 +1,7 @@
+"""PixArt-alpha and -sigma (arXiv 2310.00426, 2403.04692): diffusers' class and the original repository's."""
+
+from __future__ import annotations
+
+from cachekit.adapter import Adapter
+
+PIXART = Adapter(name="pixart", classes=("PixArtTransformer2DModel", "PixArt", "PixArtMS"), range=1000)

@@ -1,0 +1,77 @@
+"""Show a model's block graph: run it once, and measure what each block costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cachekit.adapter import Adapter, adapter_for
+from cachekit.blocks import find_blocks
+from cachekit.errors import ModelError
+from cachekit.graph import Cost, Graph
+from cachekit.patch import Patch
+from cachekit.watch import Watch
+
+
+class _Recorder:
+    def __init__(self, adapter: Adapter) -> None:
+        self.watch = Watch(adapter)
+        self.costs: list[Cost] = []
+
+    def visit(
+        self, path: str, block: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.watch.before(path, type(block).__name__, args, kwargs)
+        with FlopCounterMode(display=False) as counter:
+            result = original(*args, **kwargs)
+        parameters = sum(parameter.numel() for parameter in block.parameters())
+        self.costs.append(Cost(parameters, counter.get_total_flops()))
+        self.watch.after(result)
+        return result
+
+
+def _record(recorder: _Recorder, path: str, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return recorder.visit(path, block, original, args, kwargs)
+
+
+def graph(model: nn.Module, *inputs: Any, adapter: Adapter | str | None = None, **kwargs: Any) -> Graph:
+    """Run a model once and return the graph of its blocks.
+
+    Args:
+        model: any module; a wrapped one shows the same graph, and its cache is left alone.
+        inputs, kwargs: the arguments of one call of it.
+        adapter: as in ``wrap``.
+
+    Returns:
+        Blocks in the order of their calls, chains, long skip connections, parameters and FLOPs. Print it to read it.
+
+    Raises:
+        ModelError: not a module, or no block was called.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{type(model).__name__} is no torch.nn.Module; give the transformer itself, for example pipe.transformer")
+    facts = adapter_for(model, adapter)
+    recorder = _Recorder(facts)
+    patches = [Patch(block, "forward", _record, recorder, path, block) for path, block in find_blocks(model, facts).items()]
+    handle = model.__dict__.get("cachekit")
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if handle is not None:
+                stack.enter_context(handle.disabled())
+            model(*inputs, **kwargs)
+    finally:
+        for patch in reversed(patches):
+            patch.remove()
+    found = recorder.watch.graph()
+    if not found.visits:
+        raise ModelError(
+            f"no block of {type(model).__name__} was called: its blocks stand in no ModuleList or Sequential, or it is compiled whole"
+        )
+    return replace(found, costs=tuple(recorder.costs))
