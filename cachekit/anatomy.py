@@ -72,6 +72,6 @@ def graph(model: nn.Module, *inputs: Any, adapter: Adapter | str | None = None, 
     found = recorder.watch.graph()
     if not found.visits:
         raise ModelError(
-            f"no block of {type(model).__name__} was called: its blocks stand in no ModuleList or Sequential, or it is compiled whole"
+            f"no block of {type(model).__name__} was called: they stand in no ModuleList or Sequential, or it is compiled whole"
         )
     return replace(found, costs=tuple(recorder.costs))

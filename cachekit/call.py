@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from cachekit.decisions import Decisions
-from cachekit.graph import Graph, Visit, signature
+from cachekit.graph import Graph, Visit, has_signature
 from cachekit.segments import Action, Layout
 from cachekit.tree import Path, get, pick, replaced, tensors
 
@@ -39,7 +39,7 @@ class KnownCall(PlainCall):
         self.graph, self.layout, self.decisions = graph, layout, decisions
         self._probed = {first - 1 for first in layout.firsts if first}
         self._entering: dict[int, dict[Path, Tensor]] = {}
-        self._returned: list[tuple[Path, Tensor, int | None]] = []
+        self._returned: dict[Path, tuple[Tensor, int | None]] = {}
 
     def visit(self, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block, or return in its place.
@@ -62,7 +62,7 @@ class KnownCall(PlainCall):
             result = self._instead(v, visit, action, args, kwargs) if action is not None else None
         if before is not None:
             self.decisions.residuals[v] = get(result, visit.streams[0][1]).detach() - before
-        self._returned = [(path, tensor, _version(tensor)) for path, tensor in tensors(result)]
+        self._returned = {path: (tensor, _version(tensor)) for path, tensor in tensors(result)}
         return result
 
     def finish(self) -> None:
@@ -77,13 +77,11 @@ class KnownCall(PlainCall):
 
     def _check(self, visit: Visit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for (path, _), expected in zip(visit.streams, visit.signatures, strict=True):
-            tensor = pick(args, kwargs, path)
-            if not isinstance(tensor, Tensor) or signature(tensor) != expected:
+            if not has_signature(pick(args, kwargs, path), expected):
                 raise GraphChanged("another shape, dtype or device")
         if visit.linked == "same":
-            returned = {path: (tensor, version) for path, tensor, version in self._returned}
             for path, output in visit.links:
-                tensor, version = returned.get(output, (None, None))
+                tensor, version = self._returned.get(output, (None, None))
                 if pick(args, kwargs, path) is not tensor or (tensor is not None and _version(tensor) != version):
                     raise GraphChanged("another link between blocks")
 

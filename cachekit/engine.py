@@ -147,7 +147,9 @@ class Engine:
         reason = self._not_cached(inputs, args, kwargs)
         if reason is not None:
             return self._plain(reason, lane, inputs, original, args, kwargs)
+        waits = lane.comparer.waits
         placed = lane.place(inputs, self.adapter.range is not None)
+        self.stats.synchronisations += lane.comparer.waits - waits
         if placed.doubt:
             self.stats.dropped[placed.doubt] += 1
         if placed.new_generation:

@@ -18,6 +18,12 @@ def signature(tensor: Tensor) -> Signature:
     return tuple(tensor.shape), tensor.dtype, tensor.device
 
 
+def has_signature(value: Any, expected: Signature) -> bool:
+    """Whether this is a tensor of that signature."""
+    shape, dtype, device = expected
+    return isinstance(value, Tensor) and value.shape == shape and value.dtype is dtype and value.device == device
+
+
 @dataclass(frozen=True)
 class Source:
     """A block input that is an earlier block's output.
@@ -105,14 +111,17 @@ class Graph:
     @property
     def long_skips(self) -> tuple[tuple[int, int], ...]:
         """(early visit, late visit) of each long skip connection: an input of the main stream's shape beside the stream."""
-        found = []
-        for v, visit in enumerate(self.visits):
-            streams = {path for path, _ in visit.streams}
-            for source in visit.sources:
-                early = self.visits[source.visit]
-                if source.path not in streams and early.is_block and early.signatures[0] == visit.signatures[0]:
-                    found.append((source.visit, v))
-        return tuple(found)
+        return tuple(
+            (source.visit, v) for v, visit in enumerate(self.visits) for source in visit.sources if self._is_long_skip(v, source)
+        )
+
+    def _is_long_skip(self, v: int, source: Source) -> bool:
+        visit, early = self.visits[v], self.visits[source.visit]
+        if not early.is_block or not visit.is_block or early.signatures[0] != visit.signatures[0]:
+            return False
+        # A stream that this block takes but no longer returns (the last of two) is no long skip connection.
+        carried = source.visit == v - 1 and visit.linked == "same" and source.output not in {out for _, out in visit.links}
+        return source.path not in {path for path, _ in visit.streams} and not carried
 
     def __str__(self) -> str:
         """A line for each visit: where chains start, what streams run through, what long skips come in, and its cost."""

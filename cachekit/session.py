@@ -13,7 +13,7 @@ from cachekit.inputs import Inputs
 from cachekit.policy import Step
 from cachekit.reuse import History
 from cachekit.segments import Layout
-from cachekit.trajectory import Trace, same_values
+from cachekit.trajectory import Comparer, Trace
 from cachekit.tree import Path
 
 # A loop that looks like a new branch at every step must not keep a store for each.
@@ -54,14 +54,14 @@ class Branch:
         """Timestep of the last call."""
         return 0.0 if self.inputs.t is None else self.inputs.t
 
-    def fits(self, inputs: Inputs, name: Name) -> bool:
+    def fits(self, inputs: Inputs, name: Name, comparer: Comparer) -> bool:
         """Whether a call has this branch's shapes and conditioning, or its name."""
         if name != self.name or inputs.key != self.inputs.key:
             return False
         if name.binding:
             return True
         ours = self.inputs.conditioning
-        return all(same_values(a, b) for (_, a), (_, b) in zip(ours, inputs.conditioning, strict=True))
+        return all(comparer.equal(a, b) for (_, a), (_, b) in zip(ours, inputs.conditioning, strict=True))
 
     def move(self, inputs: Inputs) -> None:
         """Go on to the next call."""
@@ -118,6 +118,7 @@ class Lane:
         self.generation: Generation | None = None
         self.names: list[Name] = []
         self.disabled = 0
+        self.comparer = Comparer()
 
     @property
     def name(self) -> Name:
@@ -130,7 +131,7 @@ class Lane:
             raise ValueError("a call with mixed timesteps has no place in a generation")
         if generation is None or generation.t is None:
             return self._begin(inputs, generation)
-        fitting = [branch for branch in generation.branches if branch.fits(inputs, self.name)]
+        fitting = [branch for branch in generation.branches if branch.fits(inputs, self.name, self.comparer)]
         if generation.rising is None and t != generation.t:
             upwards = t > generation.t and not known_direction
             generation.rising = upwards and bool(fitting) and self._doubt(fitting[0], inputs) is None
@@ -178,15 +179,13 @@ class Lane:
             self.generation.t = inputs.t
         return Placed(branch)
 
-    @staticmethod
-    def _doubt(branch: Branch, inputs: Inputs) -> str | None:
+    def _doubt(self, branch: Branch, inputs: Inputs) -> str | None:
         if branch.trace is None or inputs.sample is None or branch.name.binding:
             return None
-        return branch.trace.follows(inputs.sample)
+        return branch.trace.follows(inputs.sample, self.comparer)
 
-    @staticmethod
-    def _same_sample(branch: Branch, inputs: Inputs) -> bool:
-        return branch.trace is not None and inputs.sample is not None and branch.trace.ends_at(inputs.sample)
+    def _same_sample(self, branch: Branch, inputs: Inputs) -> bool:
+        return branch.trace is not None and inputs.sample is not None and branch.trace.ends_at(inputs.sample, self.comparer)
 
 
 def step_of(branch: Branch, generation: Generation, time_range: float | None) -> Step:

@@ -25,7 +25,7 @@ class Stats:
         generations: generations that were begun.
         blocks_run, blocks_total: block visits that ran, and that the uncached model would have run.
         bytes_held, bytes_peak: bytes of stored tensors now, and at the most.
-        synchronisations: device synchronisations that decisions caused (timesteps on the device, probes).
+        synchronisations: device synchronisations that reading timesteps, telling samples apart and probes caused.
         uncached: reason -> number of calls that were computed in full for it, with nothing stored.
         dropped: reason -> how often what was stored was dropped and computed again.
         notes: sentences about what could not be done as asked.
@@ -59,7 +59,8 @@ class Stats:
     def __str__(self) -> str:
         share = self.blocks_run / self.blocks_total if self.blocks_total else 1.0
         lines = [
-            f"{self.steps} steps in {self.generations} generations: {self.blocks_run} of {self.blocks_total} blocks run ({share:.0%})",
+            f"{self.steps} steps in {self.generations} generations, "
+            f"{self.blocks_run} of {self.blocks_total} blocks run ({share:.0%})",
             f"{self.bytes_held / 2**20:.1f} MiB held, {self.bytes_peak / 2**20:.1f} MiB at the most",
         ]
         lines += [f"computed in full {count} times: {reason}" for reason, count in self.uncached.items()]

@@ -14,20 +14,31 @@ UNLIKE = 0.87
 PARALLEL = 1e-3
 
 
-def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers. Synchronises the device unless they are the same object."""
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and bool(torch.equal(a, b)))
+class Comparer:
+    """Compares tensors by their values, and counts how often that made it wait for a device."""
 
+    def __init__(self) -> None:
+        self.waits = 0
 
-def sines(sample: Tensor, others: list[Tensor]) -> list[float]:
-    """For each of the others, the sine of its angle to the sample (over 1 where it points away). One synchronisation."""
-    x = sample.detach().flatten().float()
-    found = []
-    for other in others:
-        y = other.flatten().float()
-        along = torch.dot(x, y) / torch.dot(y, y)
-        found.append(torch.where(along > 0, torch.linalg.vector_norm(x - along * y) / torch.linalg.vector_norm(x), 2.0))
-    return [float(value) for value in torch.stack(found).tolist()]
+    def equal(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors hold the same numbers; free where they are the same object."""
+        if a is b:
+            return True
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        self.waits += a.device.type != "cpu"
+        return bool(torch.equal(a, b))
+
+    def sines(self, sample: Tensor, others: list[Tensor]) -> list[float]:
+        """For each of the others, the sine of its angle to the sample (over 1 where it points away)."""
+        x = sample.detach().flatten().float()
+        found = []
+        for other in others:
+            y = other.flatten().float()
+            along = torch.dot(x, y) / torch.dot(y, y)
+            found.append(torch.where(along > 0, torch.linalg.vector_norm(x - along * y) / torch.linalg.vector_norm(x), 2.0))
+        self.waits += sample.device.type != "cpu"
+        return [float(value) for value in torch.stack(found).tolist()]
 
 
 @dataclass(frozen=True)
@@ -54,17 +65,17 @@ class Trace:
         """The trace with one sample more."""
         return Trace(self.first, sample.detach().clone(), sample, _version(sample))
 
-    def ends_at(self, sample: Tensor) -> bool:
+    def ends_at(self, sample: Tensor, comparer: Comparer) -> bool:
         """Whether this is the last sample, the same object or an equal one."""
         if sample is self.object and self.version is not None and self.version == _version(sample):
             return True
-        return same_values(self.last, sample)
+        return comparer.equal(self.last, sample)
 
-    def follows(self, sample: Tensor) -> str | None:
+    def follows(self, sample: Tensor, comparer: Comparer) -> str | None:
         """None where the sample can be this trajectory's next one, else what speaks against it."""
         if not sample.is_floating_point():
             return None
-        first, last = sines(sample, [self.first, self.last])
+        first, last = comparer.sines(sample, [self.first, self.last])
         if first < PARALLEL:
             return "the first sample again at another timestep"
         if last > UNLIKE:

@@ -87,9 +87,10 @@ def wrap(
 
     Args:
         model: any module whose forward takes a sample and a timestep and runs blocks; changed in place, keys and weights untouched.
-        policy: when to recompute: a spec such as ``"skip-every-2"``, ``"N2-700-50"`` or ``"every-2 | outside-700-50"``, or a ``Policy``.
-        segments: where: ``"middle"`` (all but the first and last block; the default), ``"all"``, ``"skip-K"``, ``"model"`` (the whole
-            prediction), (start, stop), or a list of these and of ``Segment``.
+        policy: when to recompute: a spec such as ``"skip-every-2"``, ``"N2-700-50"`` or ``"every-2 | outside-700-50"``, or a
+            ``Policy``.
+        segments: where: ``"middle"`` (all but the first and last block; the default), ``"all"``, ``"skip-K"``, ``"model"`` (the
+            whole prediction), (start, stop), or a list of these and of ``Segment``.
         reuse: what a reused segment returns: ``"output"`` (the default of literal policies), ``"residual"``, ``"taylor-K"``,
             ``"residual-taylor-K"``, or a ``Forecast``.
         adapter: an ``Adapter`` or the name of one; found by the model's class otherwise.
