@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cachekit.adapter import Adapter, adapter_for
 from cachekit.blocks import find_blocks
@@ -17,6 +17,15 @@ from cachekit.errors import ModelError
 from cachekit.graph import Cost, Graph
 from cachekit.patch import Patch
 from cachekit.watch import Watch
+
+
+def _attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """FLOPs of attention from the shapes of q, k and v."""
+    return int(sdpa_flop_count(q, k, v))
+
+
+# torch's counter knows the attention kernels of GPUs only, so that QK^T and AV would count as nothing on a CPU.
+_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 class _Recorder:
@@ -28,7 +37,7 @@ class _Recorder:
         self, path: str, block: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self.watch.before(path, type(block).__name__, args, kwargs)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_KERNELS) as counter:
             result = original(*args, **kwargs)
         parameters = sum(parameter.numel() for parameter in block.parameters())
         self.costs.append(Cost(parameters, counter.get_total_flops()))

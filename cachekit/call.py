@@ -108,7 +108,7 @@ class KnownCall(PlainCall):
 
     def _instead(self, v: int, visit: Visit, action: Action, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = {path: self.decisions.forecast(action.site, v, path, self._entry(action, path)) for path in action.hold}
-        passed = {out: pick(args, kwargs, path) for path, out in visit.streams if out not in held}
+        passed = {out: pick(args, kwargs, path) for path, out in (*visit.streams, *visit.passes) if out not in held}
         return replaced(visit.structure, {**passed, **held})
 
 

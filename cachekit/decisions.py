@@ -57,10 +57,10 @@ class Decisions:
         reuse, value = self.sites[k].reuse, value.detach()
         # A tensor of our own: the model may write into its one afterwards.
         kept = value - reuse.beta * entry if entry is not None and value.is_floating_point() else value.clone()
-        self.branch.store.setdefault((k, v, path), History()).push(self.step.t, kept, reuse.length)
+        self.branch.store.setdefault((k, v, path), History()).push(reuse.time(self.step), kept, reuse.length)
 
     def forecast(self, k: int, v: int, path: Path, entry: Tensor | None) -> Tensor:
         """What segment k returns there instead of computing it."""
         reuse = self.sites[k].reuse
-        value = self.branch.store[k, v, path].value(self.step.t, reuse)
+        value = self.branch.store[k, v, path].value(reuse.time(self.step), reuse)
         return value.add_(entry, alpha=reuse.beta) if entry is not None and value.is_floating_point() else value

@@ -203,7 +203,7 @@ class Engine:
         result = self._under(call, original, args, kwargs)
         if isinstance(call, WatchedCall):
             call.close()
-            if not call.recomputed:
+            if not call.recomputed and len(whole) < len(self.sites):
                 self.stats.notes.add(
                     "no block was seen running: compile the blocks (block.compile()), not the whole model; or use segments='model'"
                 )
@@ -225,6 +225,7 @@ class Engine:
     ) -> Any:
         """Run one call in full, count it, and leave nothing that a later step could take for its predecessor's."""
         lane.generation = self._emptied(lane.generation)
+        self._count_bytes()
         self.stats.uncached[reason] += 1
         call = PlainCall()
         result = self._under(call, original, args, kwargs)
@@ -245,7 +246,7 @@ class Engine:
         known = {"steps": generation.steps is not None}
         known["end"] = known["steps"] or self.adapter.range is not None
         for need in {need for site in self.sites for need in site.policy.required() if not known.get(need, True)}:
-            what = "the number of steps is" if need == "steps" else "neither the number of steps nor the timesteps' range is"
+            what = "the number of steps is not" if need == "steps" else "neither the number of steps nor the timesteps' range is"
             self.stats.notes.add(
                 f"the guard of the last steps was off: {what} known; sample within model.cachekit.session(steps=...)"
             )

@@ -47,6 +47,7 @@ class Visit:
         block: the block's path in the model, as in ``named_modules()``.
         kind: its class name.
         streams: (argument path, output path) of each tensor that it takes in and returns in a new version.
+        passes: (argument path, output path) of each tensor that it hands back untouched.
         extras: output paths of tensors that no input stands for.
         linked: ``"same"`` where it gets the very tensors that the visit before returned, ``"layout"`` where an adapter says
             that the model only rearranges them in between, None where a chain starts.
@@ -59,6 +60,7 @@ class Visit:
     block: str
     kind: str
     streams: tuple[tuple[Path, Path], ...]
+    passes: tuple[tuple[Path, Path], ...]
     extras: tuple[Path, ...]
     linked: str | None
     links: tuple[tuple[Path, Path], ...]

@@ -26,6 +26,8 @@ class Step:
         steps: number of steps of the generation, where known.
         range: the training range of ``t`` (1000 for most models), where known.
         previous_t: ``t`` of the step before in this branch; None at the first.
+        node: index of ``t`` among the different timesteps of this branch so far; unlike ``i`` it stands still at the second
+            evaluation of a solver that has two at one timestep.
         branch: name of the branch; empty where there is only one.
     """
 
@@ -34,6 +36,7 @@ class Step:
     steps: int | None = None
     range: float | None = None
     previous_t: float | None = None
+    node: int = 0
     branch: str = ""
     probe: Callable[[], float] | None = field(default=None, repr=False, compare=False)
 

@@ -6,7 +6,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from cachekit.errors import ConfigError
+from cachekit.policy import Step
 
 
 @runtime_checkable
@@ -30,6 +31,10 @@ class Reuse(Protocol):
 
     @property
     def beta(self) -> float: ...
+
+    def time(self, step: Step) -> float:
+        """Where a step stands on the axis along which values are forecast."""
+        ...
 
     def weights(self, times: Sequence[float], t: float) -> list[float]:
         """One weight for each past value, newest first; missing ones count as zero."""
@@ -50,7 +55,7 @@ def lagrange(times: Sequence[float], t: float) -> list[float]:
 
 @validated(frozen=True)
 class Forecast:
-    """Polynomial forecast in the true timesteps; order 0 holds the newest value.
+    """Polynomial forecast from true nodes; order 0 holds the newest value.
 
     TaylorSeer (arXiv 2503.06923) extrapolates with differences; Lagrange's weights keep their order on uneven nodes, which
     its recursion does not. ``beta`` is the share of the input's own change that is passed on: 0 reuses the output,
@@ -61,15 +66,22 @@ class Forecast:
             values passes ``bound`` (a long gap after a dense stretch amplifies the values' errors by that sum).
         beta: input correction, 0 to 1.
         bound: largest sum of absolute weights for an order above 0.
+        axis: the polynomial's variable. ``"t"``: the timestep. ``"grid"``: the position on the sampler's own grid of timesteps,
+            which is t where the grid is even in t, and the log-SNR where it is even in that (docs/compare.md has both measured).
     """
 
     order: NonNegativeInt = 0
     beta: NonNegativeFloat = 0.0
     bound: PositiveFloat = 5.0
+    axis: Literal["t", "grid"] = "t"
 
     @property
     def length(self) -> int:
         return self.order + 1
+
+    def time(self, step: Step) -> float:
+        """The step's timestep, or its index among the different timesteps so far."""
+        return step.t if self.axis == "t" else float(step.node)
 
     def weights(self, times: Sequence[float], t: float) -> list[float]:
         """One weight for each time used, newest first, and none for older ones."""
@@ -82,7 +94,7 @@ class Forecast:
 
 @dataclass
 class History:
-    """The last few values of one tensor: (timestep, value), newest first."""
+    """The last few values of one tensor: (time on the forecast's axis, value), newest first."""
 
     entries: deque[tuple[float, Tensor]] = field(default_factory=deque)
 
@@ -115,11 +127,13 @@ class History:
         return sum(value.numel() * value.element_size() for _, value in self.entries)
 
 
-_SPEC = re.compile(r"(?P<residual>residual-)?taylor-(?P<order>\d+)")
+_SPEC = re.compile(r"(?P<residual>residual-)?(?P<grid>grid-)?taylor-(?P<order>\d+)")
 
 
 def parse_reuse(reuse: Any) -> Reuse:
     """``"output"``, ``"residual"``, ``"taylor-K"``, ``"residual-taylor-K"``, or an object that follows ``Reuse``.
+
+    ``"grid-taylor-K"`` and ``"residual-grid-taylor-K"`` forecast along the sampler's grid instead of t.
 
     Raises:
         ConfigError: anything else.
@@ -129,10 +143,12 @@ def parse_reuse(reuse: Any) -> Reuse:
             return Forecast(beta=1.0 if reuse == "residual" else 0.0)
         match = _SPEC.fullmatch(reuse)
         if match:
-            return Forecast(order=int(match["order"]), beta=1.0 if match["residual"] else 0.0)
+            return Forecast(
+                order=int(match["order"]), beta=1.0 if match["residual"] else 0.0, axis="grid" if match["grid"] else "t"
+            )
     elif isinstance(reuse, Reuse):
         return reuse
     raise ConfigError(
-        f"unknown reuse {reuse!r}; write 'output', 'residual', 'taylor-K', 'residual-taylor-K' (K = 1, 2, ...) "
-        "or cachekit.Forecast(order=..., beta=...)"
+        f"unknown reuse {reuse!r}; write 'output', 'residual', 'taylor-K', 'residual-taylor-K' (K = 1, 2, ...), "
+        "'grid-taylor-K', 'residual-grid-taylor-K' or cachekit.Forecast(order=..., beta=..., bound=..., axis=...)"
     )

@@ -52,9 +52,10 @@ def plan(policy: Any, timesteps: Sequence[float], *, range: float | None = 1000.
     """
     rule = parse_policy(policy).policy
     times = tuple(float(t) for t in timesteps)
-    state, made = rule.init(), []
+    state, made, node = rule.init(), [], 0
     for i, t in enumerate(times):
-        step = Step(i, t, len(times), range, times[i - 1] if i else None)
+        node += i > 0 and t != times[i - 1]
+        step = Step(i, t, len(times), range, times[i - 1] if i else None, node)
         recompute = i == 0 or rule.decide(state, step)
         state = rule.update(state, step, recompute)
         made.append(recompute)

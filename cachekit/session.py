@@ -13,7 +13,7 @@ from cachekit.inputs import Inputs
 from cachekit.policy import Step
 from cachekit.reuse import History
 from cachekit.segments import Layout
-from cachekit.trajectory import Comparer, Trace
+from cachekit.trajectory import AGAIN, Comparer, Trace
 from cachekit.tree import Path
 
 # A loop that looks like a new branch at every step must not keep a store for each.
@@ -40,6 +40,7 @@ class Branch:
     inputs: Inputs
     trace: Trace | None
     i: int = 0
+    node: int = 0
     previous_t: float | None = None
     graph: Graph | None = None
     layout: Layout | None = None
@@ -66,6 +67,7 @@ class Branch:
     def move(self, inputs: Inputs) -> None:
         """Go on to the next call."""
         self.i, self.previous_t = self.i + 1, self.t
+        self.node += inputs.t != self.t
         self.inputs = inputs
         if self.trace is not None and inputs.sample is not None:
             self.trace = self.trace.advance(inputs.sample)
@@ -143,19 +145,22 @@ class Lane:
                 doubt = None if generation.explicit else self._doubt(branch, inputs)
                 if doubt is None:
                     return self._continue(branch, inputs)
-                if "first sample" in doubt:
+                if doubt == AGAIN:
                     return Placed(self._begin(inputs, None).branch, True, doubt)
         if doubt is None and (placed := self._same_time(generation, fitting, inputs)) is not None:
             return placed
         return Placed(self._branch(generation, inputs), False, doubt)
 
     def _same_time(self, generation: Generation, fitting: Sequence[Branch], inputs: Inputs) -> Placed | None:
-        here = [branch for branch in generation.branches if branch.t == inputs.t]
+        rivals = [branch for branch in generation.branches if branch.name == self.name or not self.name.binding]
+        here = [branch for branch in rivals if branch.t == inputs.t]
         other_sample = bool(here) and not any(self._same_sample(branch, inputs) for branch in here)
-        if other_sample and not generation.explicit and all(branch.i == 0 for branch in generation.branches):
+        if other_sample and not generation.explicit and all(branch.i == 0 for branch in rivals):
             return self._begin(inputs, generation)
         for branch in fitting:
             if branch.t == inputs.t and (branch.name.binding or not self._same_sample(branch, inputs)):
+                if not generation.explicit and other_sample and self._doubt(branch, inputs) == AGAIN:
+                    return self._begin(inputs, generation)
                 return self._continue(branch, inputs)
         return None
 
@@ -180,7 +185,7 @@ class Lane:
         return Placed(branch)
 
     def _doubt(self, branch: Branch, inputs: Inputs) -> str | None:
-        if branch.trace is None or inputs.sample is None or branch.name.binding:
+        if branch.trace is None or inputs.sample is None:
             return None
         return branch.trace.follows(inputs.sample, self.comparer)
 
@@ -196,5 +201,6 @@ def step_of(branch: Branch, generation: Generation, time_range: float | None) ->
         steps=generation.steps,
         range=time_range,
         previous_t=branch.previous_t,
+        node=branch.node,
         branch=branch.name.text,
     )

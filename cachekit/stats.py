@@ -59,10 +59,14 @@ class Stats:
     def __str__(self) -> str:
         share = self.blocks_run / self.blocks_total if self.blocks_total else 1.0
         lines = [
-            f"{self.steps} steps in {self.generations} generations, "
-            f"{self.blocks_run} of {self.blocks_total} blocks run ({share:.0%})",
+            f"{_count(self.steps, 'step')} in {_count(self.generations, 'generation')}"
+            + (f", {self.blocks_run} of {self.blocks_total} blocks run ({share:.0%})" if self.blocks_total else ""),
             f"{self.bytes_held / 2**20:.1f} MiB held, {self.bytes_peak / 2**20:.1f} MiB at the most",
         ]
         lines += [f"computed in full {count} times: {reason}" for reason, count in self.uncached.items()]
         lines += [f"stored values dropped {count} times: {reason}" for reason, count in self.dropped.items()]
         return "\n".join([*lines, *sorted(self.notes)])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

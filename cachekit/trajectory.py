@@ -10,8 +10,11 @@ from torch import Tensor
 # The sine of the angle between two samples. Independent noise stands at 1 (a right angle); the steps of one trajectory, at
 # the coarsest schedules that caching serves, stay well under half a right angle.
 UNLIKE = 0.87
-# The first sample again, perhaps scaled by the sampler, is parallel to itself up to rounding (1e-7 to 1e-3 in half precision).
-PARALLEL = 1e-3
+# The first sample again, scaled perhaps by the sampler, is parallel to itself up to the rounding of float32, in which sines are
+# computed. A fine schedule's first steps turn it by a few 1e-5 and more.
+PARALLEL = 1e-6
+
+AGAIN = "the first sample again, at another timestep"
 
 
 class Comparer:
@@ -76,8 +79,10 @@ class Trace:
         if not sample.is_floating_point():
             return None
         first, last = comparer.sines(sample, [self.first, self.last])
-        if first < PARALLEL:
-            return "the first sample again at another timestep"
+        # Scaled and rounded in half precision it comes out further off; then only a sample that has moved on since can tell.
+        rounding = torch.finfo(sample.dtype).eps
+        if first < PARALLEL or first < rounding < last / 2:
+            return AGAIN
         if last > UNLIKE:
             return "a sample unlike the one before"
         return None

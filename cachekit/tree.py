@@ -12,8 +12,8 @@ from torch import Tensor
 Key = int | str
 Path = tuple[Key, ...]
 
-# Tested first: an abstract class's instance check is ten times slower, and this runs for every block of every step.
-_INDEXED = (tuple, list, dict)
+# In this order: an abstract class's instance check is ten times slower, and this runs for every block of every step.
+_INDEXED = (tuple, list, dict, Mapping)
 
 
 def children(value: Any) -> list[tuple[Key, Any]] | None:
@@ -64,7 +64,7 @@ def get(value: Any, path: Path) -> Any:
     """What stands at a path of a result; the empty path is the result itself."""
     for key in path:
         holder: Any = value
-        value = holder[key] if isinstance(value, _INDEXED) or isinstance(value, Mapping) else getattr(value, str(key))
+        value = holder[key] if isinstance(value, _INDEXED) else getattr(value, str(key))
     return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,16 +19,16 @@ class Relayout(Protocol):
     def relayouts(self, previous: str, block: str) -> bool: ...
 
 
-@dataclass
-class _Produced:
-    ref: weakref.ref[Tensor]
-    visit: int
-    output: Path
-    version: int | None
-    copy: Tensor | None
+class _Known:
+    """A tensor as it was once."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.ref = weakref.ref(tensor)
+        self.version = None if tensor.is_inference() else tensor._version
+        self.copy = tensor.clone() if self.version is None else None
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Whether a tensor is this output, and nobody has written into it since."""
+        """Whether this is the tensor, and nobody has written into it since."""
         if self.ref() is not tensor:
             return False
         if self.version is not None:
@@ -37,15 +37,26 @@ class _Produced:
         return self.copy is None or torch.equal(self.copy, tensor)
 
 
+class _Produced(_Known):
+    """A block's output."""
+
+    def __init__(self, tensor: Tensor, visit: int, output: Path) -> None:
+        super().__init__(tensor)
+        self.visit, self.output = visit, output
+
+
 @dataclass
 class _Seen:
+    """A visit; ``ins`` and ``outs`` are without what it hands back untouched (``passes``)."""
+
     block: str
     kind: str
     ins: list[tuple[Path, Signature]]
     origins: dict[Path, tuple[int, Path]]
-    outs: list[tuple[Path, Signature]]
-    structure: Any
-    linked: str | None
+    outs: list[tuple[Path, Signature]] = field(default_factory=list)
+    passes: list[tuple[Path, Path]] = field(default_factory=list)
+    structure: Any = None
+    linked: str | None = None
 
 
 class Watch:
@@ -56,21 +67,24 @@ class Watch:
         self.seen: list[_Seen] = []
         self._produced: dict[int, _Produced] = {}
         self._last: list[_Produced] = []
+        self._entering: list[tuple[Path, _Known]] = []
 
     def before(self, block: str, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a block's inputs, before it may write into them."""
         ins, origins = [], {}
+        self._entering = []
         for path, tensor in arguments(args, kwargs):
             ins.append((path, signature(tensor)))
+            self._entering.append((path, _Known(tensor)))
             produced = self._produced.get(id(tensor))
             if produced is not None and produced.is_still(tensor):
                 origins[path] = produced.visit, produced.output
-        self.seen.append(_Seen(block, kind, ins, origins, [], None, None))
+        self.seen.append(_Seen(block, kind, ins, origins))
 
     def after(self, result: Any) -> str | None:
         """Note a block's outputs; returns how it is linked to the visit before."""
         seen, v = self.seen[-1], len(self.seen) - 1
-        outs = tensors(result)
+        outs = self._without_passes(seen, tensors(result))
         seen.outs = [(path, signature(tensor)) for path, tensor in outs]
         seen.structure = without_tensors(result)
         seen.linked = self._link(v)
@@ -78,17 +92,24 @@ class Watch:
             produced.copy = None
         self._last = []
         for path, tensor in outs:
-            inference = tensor.is_inference()
-            produced = _Produced(
-                weakref.ref(tensor),
-                v,
-                path,
-                None if inference else tensor._version,
-                tensor.clone() if inference else None,
-            )
+            produced = _Produced(tensor, v, path)
             self._produced[id(tensor)] = produced
             self._last.append(produced)
         return seen.linked
+
+    def _without_passes(self, seen: _Seen, outs: list[tuple[Path, Tensor]]) -> list[tuple[Path, Tensor]]:
+        """Sort out what a block only hands back. A stored value in its place would be one that nobody computed."""
+        left = []
+        for out, tensor in outs:
+            entered = next((path for path, known in self._entering if known.is_still(tensor)), None)
+            if entered is None:
+                left.append((out, tensor))
+            else:
+                seen.passes.append((entered, out))
+        self._entering = []
+        passed = {path for path, _ in seen.passes}
+        seen.ins = [(path, sig) for path, sig in seen.ins if path not in passed]
+        return left
 
     def has_extras(self, v: int) -> bool:
         """Whether a visit that is over returned a tensor for which it took none."""
@@ -125,6 +146,7 @@ class Watch:
                     block=seen.block,
                     kind=seen.kind,
                     streams=streams,
+                    passes=tuple(seen.passes),
                     extras=tuple(path for path, _ in seen.outs if path not in {out for _, out in streams}),
                     linked=seen.linked,
                     links=tuple((path, seen.origins[path][1]) for path in ins if path in taken),
