@@ -13,6 +13,8 @@ from cachekit.segments import Segment
 from cachekit.stats import Record, Stats
 from cachekit.wrap import Handle, unwrap, wrap
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Adapter",
     "CachekitError",

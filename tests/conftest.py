@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("ci", max_examples=40, derandomize=True, database=None, **_common)
-settings.register_profile("dev", max_examples=40, **_common)
-settings.register_profile("thorough", max_examples=1000, **_common)
+_common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+# The default draws the same examples each time, so that a change is judged by what it changed; the others look further.
+settings.register_profile("ci", _common, max_examples=40, derandomize=True, database=None)
+settings.register_profile("dev", _common, max_examples=40, derandomize=False)
+settings.register_profile("thorough", _common, max_examples=1000, derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Small tensors gain nothing from threads, and bit-equality must not hang on how work was split.

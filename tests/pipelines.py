@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -24,7 +25,7 @@ from diffusers import (
     PixArtAlphaPipeline,
     WanPipeline,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from zoo import DIT, FLUX, HUNYUAN_DIT, HUNYUAN_VIDEO, LATTE, PIXART, WAN
 
 # Gentler than the betas of trained models: nothing here takes the noise away, so that samples would grow a hundredfold.
@@ -64,14 +65,16 @@ class Recipe:
         make: (scheduler, seed) -> the pipeline.
         arguments: (draw) -> what the call takes besides steps, generator and output; ``draw(*size)`` gives normal numbers.
         schedulers: name -> factory, for the schedulers that the pipeline takes.
-        branches: how many model calls one evaluation makes.
+        larger: arguments in whose place another size comes.
+        branches: names of the CFG branches that are separate calls, in their order.
     """
 
     name: str
     make: Callable[[Any, int], Any]
     arguments: Callable[[Callable[..., Tensor]], dict[str, Any]]
     schedulers: dict[str, Callable[[], Any]]
-    branches: int = 1
+    larger: dict[str, Any]
+    branches: tuple[str, ...] = ("",)
 
     def build(self, scheduler: str, seed: int = 0) -> Any:
         """The pipeline with one of ``schedulers``. Equal seeds give equal weights."""
@@ -81,8 +84,8 @@ class Recipe:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def run(self, pipe: Any, steps: int = 8, seed: int = 0, decode: bool = False) -> Tensor:
-        """One sampling run.
+    def run(self, pipe: Any, steps: int = 8, seed: int = 0, decode: bool = False, **changed: Any) -> Tensor:
+        """One sampling run, with the recipe's arguments but for those that are ``changed``.
 
         Returns:
             The final latents, or with ``decode`` the images or frames; DiTPipeline always decodes.
@@ -97,7 +100,7 @@ class Recipe:
             generator=torch.Generator().manual_seed(seed),
             output_type="pt" if decode or isinstance(pipe, DiTPipeline) else "latent",
             return_dict=False,
-            **self.arguments(draw),
+            **{**self.arguments(draw), **changed},
         )
         found: Tensor = result[0]
         return found
@@ -106,8 +109,8 @@ class Recipe:
         return self.name
 
 
-def transformers(pipe: Any) -> list[nn.Module]:
-    """The pipeline's transformers: two in Wan 2.2, else one."""
+def transformers(pipe: Any) -> list[Any]:
+    """The pipeline's transformers: two in Wan 2.2, else one. Typed so that any attribute may be asked for."""
     found = [pipe.transformer, getattr(pipe, "transformer_2", None)]
     return [model for model in found if model is not None]
 
@@ -256,20 +259,18 @@ def _wan_vae() -> Any:
     return vae.eval()
 
 
-def _wan(scheduler: Any, seed: int) -> Any:
-    return WanPipeline(tokenizer=None, text_encoder=None, vae=_wan_vae(), scheduler=scheduler, transformer=WAN.build(seed))
+def _wan(scheduler: Any, seed: int, **options: Any) -> Any:
+    return WanPipeline(
+        tokenizer=None, text_encoder=None, vae=_wan_vae(), scheduler=scheduler, transformer=WAN.build(seed), **options
+    )
 
 
 def _wan_22(scheduler: Any, seed: int) -> Any:
-    return WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=_wan_vae(),
-        scheduler=scheduler,
-        transformer=WAN.build(seed),
-        transformer_2=WAN.build(seed + 1),
-        boundary_ratio=0.8,
-    )
+    return _wan(scheduler, seed, transformer_2=WAN.build(seed + 1), boundary_ratio=0.8)
+
+
+def _wan_ti2v(scheduler: Any, seed: int) -> Any:
+    return _wan(scheduler, seed, expand_timesteps=True)
 
 
 def _wan_arguments(draw: Callable[..., Tensor]) -> dict[str, Any]:
@@ -283,19 +284,26 @@ def _wan_arguments(draw: Callable[..., Tensor]) -> dict[str, Any]:
     }
 
 
+# DiTPipeline does not scale its noise for schedulers that start elsewhere than at variance one, as Heun's does.
+_ONE_EVALUATION = {name: _DIFFUSION[name] for name in ("ddim", "dpm")}
 # Flux and HunyuanVideo hand their own sigmas to the scheduler, which the two-evaluation one for flows does not take.
 _EULER = {"euler": _flow}
 _FLOW = {"euler": _flow, "heun": _flow_heun}
+_TALL = {"height": 96, "width": 64}
+_CFG = ("cond", "uncond")
 
-DIT_PIPELINE = Recipe("DiTPipeline", _dit, _dit_arguments, _DIFFUSION)
-PIXART_PIPELINE = Recipe("PixArtAlphaPipeline", _pixart, _pixart_arguments, _DIFFUSION)
-LATTE_PIPELINE = Recipe("LattePipeline", _latte, _latte_arguments, _DIFFUSION)
-HUNYUAN_DIT_PIPELINE = Recipe("HunyuanDiTPipeline", _hunyuan_dit, _hunyuan_dit_arguments, _DIFFUSION)
-HUNYUAN_VIDEO_PIPELINE = Recipe("HunyuanVideoPipeline", _hunyuan_video, _hunyuan_video_arguments, _EULER)
-FLUX_PIPELINE = Recipe("FluxPipeline", _flux, _flux_arguments, _EULER)
-FLUX_TRUE_CFG_PIPELINE = Recipe("FluxPipeline, true CFG", _flux, _flux_true_cfg_arguments, _EULER, branches=2)
-WAN_PIPELINE = Recipe("WanPipeline", _wan, _wan_arguments, _FLOW, branches=2)
-WAN_22_PIPELINE = Recipe("WanPipeline 2.2", _wan_22, _wan_arguments, _FLOW, branches=2)
+DIT_PIPELINE = Recipe("DiTPipeline", _dit, _dit_arguments, _ONE_EVALUATION, {"class_labels": [3, 5]})
+PIXART_PIPELINE = Recipe("PixArtAlphaPipeline", _pixart, _pixart_arguments, _DIFFUSION, _TALL)
+LATTE_PIPELINE = Recipe("LattePipeline", _latte, _latte_arguments, _DIFFUSION, _TALL)
+HUNYUAN_DIT_PIPELINE = Recipe("HunyuanDiTPipeline", _hunyuan_dit, _hunyuan_dit_arguments, _DIFFUSION, _TALL)
+HUNYUAN_VIDEO_PIPELINE = Recipe("HunyuanVideoPipeline", _hunyuan_video, _hunyuan_video_arguments, _EULER, _TALL, ("cond",))
+FLUX_PIPELINE = Recipe("FluxPipeline", _flux, _flux_arguments, _EULER, _TALL, ("cond",))
+FLUX_TRUE_CFG_PIPELINE = Recipe("FluxPipeline, true CFG", _flux, _flux_true_cfg_arguments, _EULER, _TALL, _CFG)
+WAN_PIPELINE = Recipe("WanPipeline", _wan, _wan_arguments, _FLOW, _TALL, _CFG)
+# Two transformers, one for the early and one for the late steps.
+WAN_22_PIPELINE = Recipe("WanPipeline 2.2", _wan_22, _wan_arguments, _FLOW, _TALL, _CFG)
+# A timestep for each token.
+WAN_TI2V_PIPELINE = Recipe("WanPipeline 2.2 TI2V", _wan_ti2v, _wan_arguments, _FLOW, _TALL, _CFG)
 
 RECIPES = (
     DIT_PIPELINE,
@@ -307,4 +315,16 @@ RECIPES = (
     FLUX_TRUE_CFG_PIPELINE,
     WAN_PIPELINE,
     WAN_22_PIPELINE,
+    WAN_TI2V_PIPELINE,
 )
+
+PAIRS = [(recipe, scheduler) for recipe in RECIPES for scheduler in recipe.schedulers]
+
+
+def for_each(pairs: Sequence[tuple[Recipe, str]] = PAIRS) -> pytest.MarkDecorator:
+    """Give a test these pipelines and schedulers; all but a pipeline's first scheduler are slow."""
+    made = []
+    for recipe, scheduler in pairs:
+        slow = scheduler != next(iter(recipe.schedulers))
+        made.append(pytest.param(recipe, scheduler, id=f"{recipe}-{scheduler}", marks=pytest.mark.slow if slow else ()))
+    return pytest.mark.parametrize(("recipe", "scheduler"), made)

@@ -1,144 +1,18 @@
-"""Random block stacks: small real transformers in every shape that the core must read, and what draws them."""
+"""Random stacks: small real transformers in every layout that the core must read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
+from stack_blocks import Block, Shape, StackSpec, VarBlock
 from torch import Tensor, nn
 
+# Channels of the sample, and length of the context.
 CHANNELS, CONTEXT = 3, 2
-
-LISTS = ("list", "nested", "indexed", "refiner", "hunyuan")
-LAYOUTS = (*LISTS, "sequential", "uvit", "uvit-no-middle", "flux", "latte")
-CALLS = ("positional", "keyword", "mixed", "varargs")
-GLUES = ("", "", "", "add", "iadd", "reshape")
-
-
-@dataclass(frozen=True)
-class StackSpec:
-    """All that makes one random stack, weights apart.
-
-    Attributes:
-        layout: how the blocks are held and walked (``LAYOUTS``).
-        order: which block each visit calls; a block may be called twice.
-        tokens: length of the sample's sequence.
-        streams: 1, or 2 where the context is a stream too.
-        swapped: blocks return (c, x), though they take (x, c).
-        last_none: the last block returns None for the context.
-        call: how blocks take their arguments (``CALLS``).
-        in_place: blocks that write into their input and return it.
-        extras: further outputs of each block that match no input; the model adds the first to its result.
-        glue: what the model does to the main stream after each visit (``GLUES``).
-        hint: a tensor given to every block; ``passed`` where each block returns it unchanged.
-        experts: modules in a list inside each block.
-        signature: ``t``: forward(x, t, y); ``timestep``: forward(hidden_states, timestep, encoder_hidden_states).
-        output: what forward returns: tensor, tuple or dict.
-        time: how t is given: a batch of floats or integers, a tensor without dimensions, or a number.
-    """
-
-    layout: str = "list"
-    depth: int = 3
-    order: tuple[int, ...] = (0, 1, 2)
-    width: int = 8
-    tokens: int = 4
-    streams: int = 1
-    swapped: bool = False
-    last_none: bool = False
-    call: str = "positional"
-    in_place: frozenset[int] = frozenset()
-    extras: int = 0
-    glue: tuple[str, ...] = ("", "", "")
-    hint: str = "none"
-    experts: int = 0
-    signature: str = "t"
-    output: str = "tensor"
-    time: str = "float"
-
-    @property
-    def simple(self) -> bool:
-        """One list, one chain, nothing between the blocks."""
-        return self.layout in ("list", "nested", "indexed") and not any(self.glue)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What one block is like."""
-
-    width: int
-    streams: int
-    swapped: bool = False
-    last_none: bool = False
-    in_place: bool = False
-    extras: int = 0
-    hint: str = "none"
-    experts: int = 0
-    fuse: bool = False
-    bare: bool = False
-
-
-class Block(nn.Module):
-    """A layer: time modulation, mixing over channels and tokens. Counts its real calls in ``calls``."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        width = shape.width
-        self.shape = shape
-        self.calls = 0
-        self.modulation = nn.Linear(width, 3 * width)
-        self.mix = nn.Linear(width, width)
-        self.across = nn.Linear(width, width)
-        self.fuse = nn.Linear(2 * width, width) if shape.fuse else None
-        self.experts = nn.ModuleList([nn.Linear(width, width) for _ in range(shape.experts)])
-        self.context_mix = nn.Linear(width, width) if shape.streams == 2 else None
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        temb: Tensor | None = None,
-        hint: Tensor | None = None,
-        skip: Tensor | None = None,
-    ) -> Any:
-        """Shapes: (B, N, D), (B, M, D), (B, 1, D), (1, 1, D), (B, N, D)."""
-        self.calls += 1
-        x, c, shape = hidden_states, encoder_hidden_states, self.shape
-        if self.fuse is not None and skip is not None:
-            x = self.fuse(torch.cat([x, skip], dim=-1))
-        seen = x.mean(1, keepdim=True) if c is None else x.mean(1, keepdim=True) + c.mean(1, keepdim=True)
-        shift, scale, gate = self.modulation(seen if temb is None else temb).chunk(3, dim=-1)
-        inner = self.mix(x * (1 + scale) + shift)
-        for expert in self.experts:
-            inner = inner + expert(x)
-        update = (1 + gate) * torch.tanh(inner + self.across(seen))
-        if hint is not None:
-            update = update + hint
-        extras = tuple(update.mean(dim=(1, 2)) * (k + 1) for k in range(shape.extras))
-        x = x.add_(update) if shape.in_place else x + update
-        if shape.bare:
-            return x
-        if self.context_mix is not None and c is not None:
-            mixed = torch.tanh(self.context_mix(c) + seen)
-            c = c.add_(mixed) if shape.in_place else c + mixed
-            streams: tuple[Any, ...] = (x, None if shape.last_none else c)
-        else:
-            streams = (x,)
-        if shape.swapped:
-            streams = streams[::-1]
-        passed = (hint,) if shape.hint == "passed" else ()
-        result = (*streams, *passed, *extras)
-        return result[0] if len(result) == 1 else result
-
-
-class VarBlock(Block):
-    """A block whose signature says nothing."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
 
 
 @dataclass
@@ -226,6 +100,7 @@ class Stack(nn.Module):
             experts=spec.experts,
             fuse=fuse,
             bare=bare,
+            box=spec.box,
         )
         return (VarBlock if spec.call == "varargs" else Block)(shape)
 
@@ -329,21 +204,17 @@ class Stack(nn.Module):
             result = block(x, temb=temb, skip=skip, encoder_hidden_states=c, hint=hint)
         else:
             result = block(x, c, temb, hint, skip)
-        items = list(result) if isinstance(result, tuple) else [result]
-        streams, rest = items[: shape.streams], items[shape.streams :]
-        if shape.streams == 2:
-            x, c = streams[::-1] if shape.swapped else streams
-        else:
-            x = streams[0]
+        values = shape.unpack(result)
         if shape.extras:
-            given.aux.append(rest[-shape.extras].mean())
+            given.aux.append(values["extra0"].mean())
+        x, c = values["x"], values["c"] if shape.streams == 2 else c
         return self._glue(visit, x, given.hint), c
 
-    def _glue(self, visit: int, x: Tensor, hint: Tensor | None) -> Tensor:
-        kind = self.spec.glue[visit] if visit < len(self.spec.glue) else ""
-        if kind == "add" and hint is not None:
+    def _glue(self, visit: int, x: Any, hint: Any) -> Any:
+        kind = self.spec.glue[visit] if self.spec.glued(visit) else ""
+        if kind == "add":
             return x + hint
-        if kind == "iadd" and hint is not None:
+        if kind == "iadd":
             x += hint
         if kind == "reshape":
             return x.permute(1, 0, 2).permute(1, 0, 2)
@@ -392,142 +263,26 @@ def visits_of(model: Any) -> list[Block]:
     return [*(model.refiner if spec.layout == "refiner" else []), *(holder[i] for i in spec.order)]
 
 
+def linked(spec: StackSpec) -> list[bool]:
+    """For each of those visits, whether it gets the very tensors that the one before returned."""
+    half, depth = spec.depth // 2, spec.depth
+    if spec.layout == "latte":
+        return [False] * (2 * depth)
+    if spec.layout == "refiner":
+        return [False, True, False, *_unglued(spec, range(len(spec.order) - 1))]
+    if spec.layout == "flux":
+        doubles = (depth + 1) // 2
+        return [v != doubles and free for v, free in enumerate([False, *_unglued(spec, range(depth - 1))])]
+    if spec.layout == "uvit":
+        # The block in the middle stands in no list, and comes between.
+        return [False, *_unglued(spec, range(half - 1)), False, *_unglued(spec, range(half + 1, 2 * half))]
+    return [False, *_unglued(spec, range(len(spec.order) - 1))]
+
+
+def _unglued(spec: StackSpec, positions: Sequence[int]) -> list[bool]:
+    return [not spec.glued(position) for position in positions]
+
+
 def calls(model: nn.Module) -> list[int]:
     """How often each block really ran."""
     return [block.calls for block in blocks_of(model)]
-
-
-def given_time(spec: StackSpec, t: float, batch: int) -> Any:
-    """A timestep in the form that the spec's sampler gives it."""
-    if spec.time == "number":
-        return t
-    if spec.time == "scalar":
-        return torch.tensor(t)
-    return torch.full((batch,), t if spec.time == "float" else int(t), dtype=torch.float32 if spec.time == "float" else torch.int64)
-
-
-def conditioning(spec: StackSpec, batch: int, seed: int) -> Tensor:
-    """Labels (B,), or a context (B, CONTEXT, D)."""
-    generator = torch.Generator().manual_seed(seed)
-    if spec.signature == "t":
-        return torch.randint(0, 10, (batch,), generator=generator)
-    return torch.randn(batch, CONTEXT, spec.width, generator=generator)
-
-
-def noise(spec: StackSpec, batch: int, seed: int, tokens: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, N, CHANNELS)."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    return torch.randn(batch, tokens or spec.tokens, CHANNELS, generator=generator).to(dtype)
-
-
-def tensor_of(output: Any) -> Tensor:
-    """The prediction out of whatever holds it."""
-    if isinstance(output, dict):
-        output = output["sample"]
-    elif isinstance(output, tuple):
-        output = output[0]
-    assert isinstance(output, Tensor)
-    return output
-
-
-def advance(x: Tensor, prediction: Tensor, gap: float) -> Tensor:
-    """The next sample: never the same again, and never turned by more than a sampler would."""
-    return x - (0.02 + 0.3 * abs(gap) / 1000) * torch.tanh(prediction.to(x.dtype) + 1)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One generation to be made: the timesteps, what it starts from, what it is conditioned on."""
-
-    times: tuple[float, ...]
-    seed: int = 0
-    batch: int = 2
-    tokens: int | None = None
-    dtype: torch.dtype = torch.float32
-
-    def steps(self, model: Stack) -> Iterator[Tensor]:
-        """Each step's prediction; the sample moves on by it."""
-        spec = model.spec
-        x, y = noise(spec, self.batch, self.seed, self.tokens, self.dtype), conditioning(spec, self.batch, self.seed)
-        following = (*self.times[1:], 0.0)
-        for t, after in zip(self.times, following, strict=True):
-            prediction = tensor_of(model(x, given_time(spec, t, self.batch), y))
-            yield prediction.clone()
-            x = advance(x, prediction, t - after)
-
-    def outputs(self, model: Stack) -> list[Tensor]:
-        """The predictions of all steps."""
-        with torch.no_grad():
-            return list(self.steps(model))
-
-
-def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Whether two generations are the same bit by bit."""
-    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
-@st.composite
-def stack_specs(draw: Any, layouts: Sequence[str] = LAYOUTS, plain: bool = False) -> StackSpec:
-    """Any stack; ``plain`` ones have a single chain of one stream and nothing in between."""
-    layout = draw(st.sampled_from(layouts))
-    depth = draw(st.integers(1, 8))
-    if layout == "uvit-no-middle":
-        depth = max(2, depth - depth % 2)
-    elif layout == "uvit":
-        depth = max(3, depth - 1 + depth % 2)
-    elif layout == "flux":
-        depth = max(2, depth)
-    elif layout == "latte":
-        depth = draw(st.integers(1, 4))
-    order = tuple(range(depth))
-    spec = StackSpec(
-        layout=layout,
-        depth=depth,
-        order=order,
-        width=draw(st.sampled_from((4, 8))),
-        tokens=draw(st.sampled_from((2, 4, 6))),
-        call=draw(st.sampled_from(CALLS)),
-        signature=draw(st.sampled_from(("t", "timestep"))),
-        output=draw(st.sampled_from(("tensor", "tuple", "dict"))),
-        time=draw(st.sampled_from(("float", "int", "scalar", "number"))),
-        glue=("",) * 8,
-    )
-    if plain:
-        return spec
-    spec = replace(
-        spec,
-        extras=draw(st.sampled_from((0, 0, 1, 2))),
-        hint=draw(st.sampled_from(("none", "none", "argument", "passed"))),
-        experts=draw(st.sampled_from((0, 0, 3))),
-    )
-    return _with_streams(draw, _with_writes(draw, spec))
-
-
-def _with_writes(draw: Any, spec: StackSpec) -> StackSpec:
-    """Blocks that write in place, glue, blocks called twice: where a layout's own meaning allows for them."""
-    depth, layout = spec.depth, spec.layout
-    if layout in ("list", "nested", "indexed") and draw(st.integers(0, 3)) == 0:
-        spec = replace(spec, order=tuple(draw(st.lists(st.integers(0, depth - 1), min_size=1, max_size=8))))
-    if layout in ("list", "nested", "indexed", "refiner", "flux", "latte"):
-        glue = draw(st.lists(st.sampled_from(GLUES), min_size=8, max_size=8)) if draw(st.booleans()) else [""] * 8
-        spec = replace(spec, glue=tuple(glue))
-        # With long skips, a block that writes into its input changes what a later one takes in: no model does that.
-        if draw(st.integers(0, 2)) == 0:
-            spec = replace(spec, in_place=frozenset(draw(st.sets(st.integers(0, depth - 1)))))
-    return spec
-
-
-def _with_streams(draw: Any, spec: StackSpec) -> StackSpec:
-    if spec.layout == "flux":
-        return replace(spec, streams=2, swapped=draw(st.booleans()))
-    if spec.layout in ("latte", "sequential") or draw(st.booleans()):
-        return spec
-    last_none = draw(st.booleans()) and spec.order == tuple(range(spec.depth)) and not spec.layout.startswith("uvit")
-    return replace(spec, streams=2, swapped=draw(st.booleans()), last_none=last_none)
-
-
-@st.composite
-def schedules(draw: Any, min_size: int = 2, max_size: int = 12) -> tuple[float, ...]:
-    """Uneven falling timesteps in 1 ... 999, whole numbers."""
-    drawn = draw(st.sets(st.integers(1, 999), min_size=min_size, max_size=max_size))
-    return tuple(float(t) for t in sorted(drawn, reverse=True))

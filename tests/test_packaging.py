@@ -18,6 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import cachekit
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -163,7 +165,7 @@ def test_wheel_holds_the_tree_and_nothing_else(tree: Path, wheel: Path) -> None:
     assert set(contents(wheel)) == python_files(tree) | data
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
-    assert tops == {"cachekit", f"cachekit_dit-{project()['project']['version']}.dist-info"}
+    assert tops == {"cachekit", f"cachekit_dit-{cachekit.__version__}.dist-info"}
 
 
 @pytest.mark.slow
@@ -197,17 +199,25 @@ def test_installed_names(installed: tuple[Path, Path], tmp_path: Path) -> None:
     assert seen["script"] == "cachekit.demo.cli:main"
 
 
+USE = """\
+from cachekit.adapters.probe import answer as number
+from cachekit.policies.probe import answer
+right: int = answer() + number()
+wrong: str = answer()
+"""
+
+
 @pytest.mark.slow
 def test_type_checkers_follow_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "env", wheel)
+    (tmp_path / "use.py").write_text(USE, encoding="utf-8")
     # Reading torch's sources would take most of a minute and says nothing about this project.
-    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\n[mypy-torch.*]\nfollow_imports = skip\n")
-    (tmp_path / "use.py").write_text(
-        "from cachekit.adapters.probe import answer as number\n"
-        "from cachekit.policies.probe import answer\n"
-        "right: int = answer() + number()\n"
-        "wrong: str = answer()\n"
-    )
+    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\n[mypy-torch.*]\nfollow_imports = skip\n", encoding="utf-8")
     done = attempt(sys.executable, "-m", "mypy", "--python-executable", python, "use.py", cwd=tmp_path)
     (line,) = (line for line in done.stdout.splitlines() if "error:" in line)
     assert line.startswith("use.py:4: error: Incompatible types in assignment"), done.stdout
+
+    (tmp_path / "pyrightconfig.json").write_text('{"include": ["use.py"], "typeCheckingMode": "strict"}', encoding="utf-8")
+    done = attempt(sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", python, cwd=tmp_path)
+    found = [(item["range"]["start"]["line"] + 1, item.get("rule")) for item in json.loads(done.stdout)["generalDiagnostics"]]
+    assert found == [(4, "reportAssignmentType")], done.stdout

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
+from cases import Case, Conditioning, Shape, floating, image, own_dtype, paths, thousandth, video, whole
 from diffusers import (
     CogVideoXTransformer3DModel,
     DiTTransformer2DModel,
@@ -21,144 +19,6 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
-
-Conditioning = dict[str, Any]
-_MODULATION = re.compile(r".*(norm\w*|adaln\w*)\.linear\.bias")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a conditioning depends on: batch size, dtype, and the factor on height and width."""
-
-    batch: int = 2
-    dtype: torch.dtype = torch.float32
-    scale: int = 1
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and its calls.
-
-    Attributes:
-        name: class name of the model.
-        make: builds the model with torch's global generator.
-        timestep: (t in the scheduler's units, shape) -> the argument that the pipeline would pass.
-        latent: (height and width at scale 1) -> the sample's shape without the batch.
-        condition: (draw, shape) -> every other argument; ``draw(*size)`` gives normal numbers of the right dtype.
-        stack: the blocks' paths in the order of their calls.
-        long_skips: (early, late) indices of blocks of ``stack``.
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    timestep: Callable[[float, Shape], Tensor]
-    latent: Callable[[int], tuple[int, ...]]
-    condition: Callable[[Callable[..., Tensor], Shape], Conditioning]
-    stack: tuple[str, ...]
-    long_skips: tuple[tuple[int, int], ...] = ()
-
-    def build(self, seed: int = 0) -> nn.Module:
-        """A model in evaluation mode. Equal seeds give equal weights; torch's global generator is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return stir(self.make(), seed).eval()
-
-    def conditioning(self, seed: int = 0, shape: Shape | None = None) -> Conditioning:
-        """Everything but sample and timestep. Keep it over a generation: pipelines pass the same objects at every step."""
-        shape = shape or Shape()
-        generator = torch.Generator().manual_seed(10_000 + seed)
-
-        def draw(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator, dtype=torch.float64).to(shape.dtype)
-
-        return self.condition(draw, shape)
-
-    def sample(self, t: float, seed: int = 0, shape: Shape | None = None) -> Tensor:
-        """The noisy sample at t on a straight path from noise (t = 1000) to data, so that neighbours are alike.
-
-        Returns:
-            Tensor of the shape that ``latent`` gives, with the batch in front.
-        """
-        shape = shape or Shape()
-        generator = torch.Generator().manual_seed(seed)
-        size = (shape.batch, *self.latent(8 * shape.scale))
-        noise, data = (torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(2))
-        return (noise * (t / 1000) + data * (1 - t / 1000)).to(shape.dtype)
-
-    def inputs(
-        self,
-        t: float,
-        batch: int = 2,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        scale: int = 1,
-        conditioning: Conditioning | None = None,
-    ) -> dict[str, Any]:
-        """Keyword arguments of one call of ``forward``.
-
-        Args:
-            t: timestep in the scheduler's units.
-            batch, dtype, scale: see ``Shape``.
-            seed: of the trajectory and of the conditioning.
-            conditioning: from ``conditioning()``; without one it is made anew, with equal values.
-        """
-        shape = Shape(batch, dtype, scale)
-        rest = self.conditioning(seed, shape) if conditioning is None else conditioning
-        return {"hidden_states": self.sample(t, seed, shape), "timestep": self.timestep(t, shape), **rest}
-
-    def output(self, result: Any) -> Tensor:
-        """The prediction in what ``forward`` returned."""
-        found: Tensor = result[0]
-        return found
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def stir(model: nn.Module, seed: int) -> nn.Module:
-    """Give random values to all that training starts at zero, and to the modulations' biases: else blocks hardly matter."""
-    generator = torch.Generator().manual_seed(20_000 + seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not bool(parameter.any()):
-                fan = parameter[0].numel() if parameter.ndim > 1 else 1
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.0 if fan > 1 else 0.2) / fan**0.5)
-            elif _MODULATION.fullmatch(name):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
-    return model
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference over the norm of b."""
-    return float(torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double()))
-
-
-def _whole(t: float, shape: Shape) -> Tensor:
-    return torch.tensor([round(t)]).expand(shape.batch)
-
-
-def _float(t: float, shape: Shape) -> Tensor:
-    return torch.tensor([t], dtype=torch.float32).expand(shape.batch)
-
-
-def _own_dtype(t: float, shape: Shape) -> Tensor:
-    return torch.tensor([t] * shape.batch).to(shape.dtype)
-
-
-def _thousandth(t: float, shape: Shape) -> Tensor:
-    return _float(t, shape).to(shape.dtype) / 1000
-
-
-def _image(channels: int) -> Callable[[int], tuple[int, ...]]:
-    return lambda size: (channels, size, size)
-
-
-def _video(channels: int, frames: int = 3) -> Callable[[int], tuple[int, ...]]:
-    return lambda size: (channels, frames, size, size)
-
-
-def _paths(name: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{name}.{k}" for k in range(count))
 
 
 def _mask(shape: Shape, tokens: int) -> Tensor:
@@ -175,8 +35,10 @@ def _dit() -> nn.Module:
 
 
 def _dit_condition(draw: Callable[..., Tensor], shape: Shape) -> Conditioning:
+    labels = (draw(shape.batch).abs() * 300).long() % 1000
     # The pipeline's second half is unconditional: class 1000.
-    return {"class_labels": torch.tensor([7, 1000] * shape.batch)[: shape.batch]}
+    labels[1::2] = 1000
+    return {"class_labels": labels}
 
 
 def _pixart() -> nn.Module:
@@ -386,34 +248,34 @@ def _wan_condition(draw: Callable[..., Tensor], shape: Shape) -> Conditioning:
 
 
 _LATTE_STACK = tuple(f"{name}.{k}" for k in range(5) for name in ("transformer_blocks", "temporal_transformer_blocks"))
-_DOUBLE_SINGLE = _paths("transformer_blocks", 3) + _paths("single_transformer_blocks", 4)
+_DOUBLE_SINGLE = paths("transformer_blocks", 3) + paths("single_transformer_blocks", 4)
 
-DIT = Case("DiTTransformer2DModel", _dit, _whole, _image(4), _dit_condition, _paths("transformer_blocks", 6))
-PIXART = Case("PixArtTransformer2DModel", _pixart, _whole, _image(4), _pixart_condition, _paths("transformer_blocks", 6))
-LATTE = Case("LatteTransformer3DModel", _latte, _whole, _video(4), _latte_condition, _LATTE_STACK)
+DIT = Case("DiTTransformer2DModel", _dit, whole, image(4), _dit_condition, paths("transformer_blocks", 6))
+PIXART = Case("PixArtTransformer2DModel", _pixart, whole, image(4), _pixart_condition, paths("transformer_blocks", 6))
+LATTE = Case("LatteTransformer3DModel", _latte, whole, video(4), _latte_condition, _LATTE_STACK, unit=2)
 HUNYUAN_DIT = Case(
     "HunyuanDiT2DModel",
     _hunyuan_dit,
-    _own_dtype,
-    _image(4),
+    own_dtype,
+    image(4),
     _hunyuan_dit_condition,
-    _paths("blocks", 8),
+    paths("blocks", 8),
     ((2, 5), (1, 6), (0, 7)),
 )
 HUNYUAN_VIDEO = Case(
-    "HunyuanVideoTransformer3DModel", _hunyuan_video, _own_dtype, _video(4), _hunyuan_video_condition, _DOUBLE_SINGLE
+    "HunyuanVideoTransformer3DModel", _hunyuan_video, own_dtype, video(4), _hunyuan_video_condition, _DOUBLE_SINGLE
 )
 # Packed latents: tokens of 2 x 2 patches, (height / 2) * (width / 2) of them.
-FLUX = Case("FluxTransformer2DModel", _flux, _thousandth, lambda size: (size * size // 4, 16), _flux_condition, _DOUBLE_SINGLE)
-SD3 = Case("SD3Transformer2DModel", _sd3, _float, _image(4), _sd3_condition, _paths("transformer_blocks", 6))
+FLUX = Case("FluxTransformer2DModel", _flux, thousandth, lambda size: (size * size // 4, 16), _flux_condition, _DOUBLE_SINGLE)
+SD3 = Case("SD3Transformer2DModel", _sd3, floating, image(4), _sd3_condition, paths("transformer_blocks", 6))
 COGVIDEOX = Case(
     "CogVideoXTransformer3DModel",
     _cogvideox,
-    _whole,
+    whole,
     lambda size: (3, 4, size, size),
     _cogvideox_condition,
-    _paths("transformer_blocks", 6),
+    paths("transformer_blocks", 6),
 )
-WAN = Case("WanTransformer3DModel", _wan, _float, _video(4), _wan_condition, _paths("blocks", 6))
+WAN = Case("WanTransformer3DModel", _wan, floating, video(4), _wan_condition, paths("blocks", 6))
 
 CASES = (DIT, PIXART, LATTE, HUNYUAN_DIT, HUNYUAN_VIDEO, FLUX, SD3, COGVIDEOX, WAN)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib import resources
+from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from safetensors.torch import load
+from torch import Tensor
+
+from cachekit.demo.frechet import Realism
+from cachekit.demo.target import Solver, Target
 
 CONFIG = {
     "num_attention_heads": 4,
@@ -19,6 +25,7 @@ CONFIG = {
     "num_embeds_ada_norm": 10,
 }
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+FINE_STEPS = 500
 
 
 def new_model() -> DiTTransformer2DModel:
@@ -35,3 +42,51 @@ def load_model() -> DiTTransformer2DModel:
     model = new_model()
     model.load_state_dict({key: value.to(torch.float32) for key, value in load(raw).items()})
     return model
+
+
+# Each solver on its best grid. Relative error to the fine solution on development seeds, at 50 steps: DDIM trailing .034,
+# linspace .035, leading .032 (but .057 at 25 steps against trailing's .056); at 30 steps: DPM-Solver++(2M) even in log-SNR .010,
+# Karras .012, linspace .030, trailing .029.
+def ddim() -> Any:
+    return DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
+
+
+def dpm_solver() -> Any:
+    """DPM-Solver++(2M) on a grid that is even in log-SNR."""
+    return DPMSolverMultistepScheduler(beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2, use_lu_lambdas=True)
+
+
+def sample(model: Any, scheduler: Any, seed: int, steps: int, images: int) -> Tensor:
+    """Images (n, 1, 28, 28) of one noise seed; their classes count on from seed to seed, so that all get their turn."""
+    x = torch.randn(images, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    labels = (torch.arange(images) + seed * images) % len(CLASSES)
+    scheduler.set_timesteps(steps)
+    handle = getattr(model, "cachekit", None)
+    with torch.inference_mode(), handle.session(steps=steps) if handle is not None else contextlib.nullcontext():
+        for t in scheduler.timesteps:
+            noise = model(x, timestep=t.expand(images), class_labels=labels).sample
+            x = scheduler.step(noise, t, x).prev_sample
+    return x
+
+
+def target(images: int = 4) -> Target:
+    """The default of ``cachekit compare``.
+
+    Args:
+        images: per noise seed.
+    """
+    model = load_model()
+    realism = Realism()
+
+    def with_scheduler(scheduler: Any) -> Any:
+        return lambda seed, steps: sample(model, scheduler, seed, steps, images)
+
+    return Target(
+        "a class-conditional DiT (8 blocks, Fashion-MNIST)",
+        model,
+        (Solver("DDIM", with_scheduler(ddim()), 50), Solver("DPM-Solver++(2M)", with_scheduler(dpm_solver()), 30)),
+        fine=lambda seed: sample(model, dpm_solver(), seed, FINE_STEPS, images),
+        distance=realism.distance,
+        floor=realism.floor,
+        pixels=lambda x: x.clamp(-1, 1) / 2 + 0.5,
+    )

@@ -1,0 +1,124 @@
+"""Run the rows of a comparison in turn, and measure them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cachekit
+from cachekit.demo.rows import Row
+from cachekit.demo.target import Target
+from cachekit.stats import Record, Stats
+
+
+@dataclass
+class Measured:
+    """What was measured of a row; lists have one entry for each seed.
+
+    Attributes:
+        seconds: wall time of a run.
+        samples: what came out, on the CPU.
+        blocks_run, blocks_total: in one run; 0 where blocks were not counted (uncached rows that were never wrapped).
+        bytes_peak: of stored tensors.
+        records: of the last run's model calls.
+        errors, fine_errors: norm of the difference over the norm of the uncached, or of the fine, samples.
+        rival_errors: of fewer steps of the same solver in the same wall time, for cached rows.
+        distance: of all samples to real data.
+    """
+
+    row: Row
+    seconds: list[float] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+    blocks_run: int = 0
+    blocks_total: int = 0
+    bytes_peak: int = 0
+    records: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    fine_errors: list[float] = field(default_factory=list)
+    rival_errors: list[float] = field(default_factory=list)
+    distance: float | None = None
+
+    @property
+    def time(self) -> float:
+        """Median seconds of a run."""
+        return float(np.median(self.seconds))
+
+    @property
+    def ratio(self) -> float | None:
+        """Mean error over the mean error of fewer steps in the same time."""
+        rival = float(np.mean(self.rival_errors)) if self.rival_errors else 0.0
+        return float(np.mean(self.errors)) / rival if rival > 0 else None
+
+
+def measure(
+    target: Target, rows: Sequence[Row], seeds: Sequence[int], fine: Sequence[Tensor], tick: Callable[[str], Any]
+) -> list[Measured]:
+    """Run every row on every seed.
+
+    The rows take turns within a seed, each time starting with another one, so that a machine whose speed drifts slows all alike.
+
+    Args:
+        target: model and solvers.
+        rows: the first is the uncached one.
+        seeds: of the noise.
+        fine: the fine solution for each seed; empty where there is none.
+        tick: told each run's label when it is over.
+    """
+    found = [Measured(row) for row in rows]
+    with torch.inference_mode():
+        for k, seed in enumerate(seeds):
+            turn = k * len(found) // len(seeds)
+            for each in found[turn:] + found[:turn]:
+                _run(target, each, seed)
+                tick(each.row.label)
+    cachekit.unwrap(target.model)
+    _compare(target, found, fine)
+    return found
+
+
+def _run(target: Target, each: Measured, seed: int) -> None:
+    row = each.row
+    # every(1) is the uncached model bit for bit, but counts its blocks; timed runs of uncached rows go unwrapped.
+    if row.kind == "cached":
+        cachekit.wrap(target.model, row.policy, segments=row.segments, reuse=row.reuse)
+    else:
+        cachekit.unwrap(target.model)
+    start = time.perf_counter()
+    samples = row.solver.run(seed, row.steps).cpu()
+    each.seconds.append(time.perf_counter() - start)
+    each.samples.append(samples)
+    if row.kind == "cached":
+        stats: Stats = target.model.cachekit.stats  # type: ignore[union-attr, assignment]
+        each.blocks_run, each.blocks_total, each.bytes_peak = stats.blocks_run, stats.blocks_total, stats.bytes_peak
+        each.records, each.notes = list(stats.records), sorted(stats.notes)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Norm of a - b over the norm of b, over all samples at once."""
+    return float(torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double()))
+
+
+def _compare(target: Target, found: list[Measured], fine: Sequence[Tensor]) -> None:
+    uncached = found[0]
+    for each in found:
+        each.errors = [relative_error(a, b) for a, b in zip(each.samples, uncached.samples, strict=True)]
+        each.fine_errors = [relative_error(a, b) for a, b in zip(each.samples, fine, strict=True)] if fine else []
+        if target.distance is not None:
+            each.distance = target.distance(torch.cat(each.samples))
+    rivals = sorted((each for each in found if each.row.kind in ("uncached", "fewer")), key=lambda each: each.time)
+    if len(rivals) < 2:
+        return
+    for each in found:
+        if each.row.kind == "cached":
+            # Linear between whole numbers of steps: at a given time the rival may take any share of one more.
+            times = [rival.time for rival in rivals]
+            each.rival_errors = [
+                float(np.interp(each.time, times, [rival.errors[k] for rival in rivals])) for k in range(len(each.errors))
+            ]

@@ -1,0 +1,74 @@
+"""The rows of a comparison, and how a policy is written on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cachekit.demo.target import Solver, Target
+from cachekit.errors import ConfigError
+from cachekit.reuse import parse_reuse
+from cachekit.segments import parse_segments
+from cachekit.spec import parse_policy
+
+# What the default comparison shows: the preset on the middle and on the whole prediction, the same held, a literal period
+# without guards, and a threshold.
+POLICIES = (
+    *(f"skip-every-{n}{where}{how}" for where in ("", "@model") for how in ("", "/output") for n in (2, 3, 4)),
+    "every-2@model/grid-taylor-2",
+    "change-0.15",
+)
+
+# Of the full number of steps. The error at any time between them is interpolated, so that they stand densely where caches do.
+SHARES = (0.8, 0.66, 0.58, 0.5, 0.42, 0.34)
+SHARES_BETTER = (0.66, 0.5, 0.34)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to sample.
+
+    Attributes:
+        label: as the table shows it.
+        kind: ``"uncached"``, ``"fewer"`` (fewer steps of the same solver), ``"better"`` (a better solver) or ``"cached"``.
+        solver: what samples.
+        steps: number of steps; None for a solver that takes none.
+        policy, segments, reuse: as in ``wrap``, for cached rows.
+    """
+
+    label: str
+    kind: str
+    solver: Solver
+    steps: int | None
+    policy: str = ""
+    segments: Any = None
+    reuse: Any = None
+
+
+def parse_cached(text: str, solver: Solver) -> Row:
+    """``POLICY[@SEGMENTS][/REUSE]``, such as ``"skip-every-2@model"`` or ``"every-2@skip-2/taylor-1"``.
+
+    Raises:
+        ConfigError: one of the three can't be read.
+    """
+    rest, _, reuse = text.partition("/")
+    policy, _, segments = rest.partition("@")
+    policy, segments, reuse = policy.strip(), segments.strip(), reuse.strip()
+    if not policy:
+        raise ConfigError(f"{text!r} names no policy; write POLICY[@SEGMENTS][/REUSE], for example skip-every-2@model/taylor-1")
+    parse_policy(policy)
+    parse_segments(segments or None)
+    parse_reuse(reuse or "output")
+    return Row(text, "cached", solver, solver.steps, policy, segments or None, reuse or None)
+
+
+def rows_for(target: Target, solver: Solver, policies: tuple[str, ...]) -> list[Row]:
+    """All rows of one solver's table, the uncached one first."""
+    rows = [Row("uncached", "uncached", solver, solver.steps)]
+    if solver.steps is not None:
+        counts = sorted({max(1, round(share * solver.steps)) for share in SHARES} - {solver.steps}, reverse=True)
+        rows += [Row(f"{steps} steps", "fewer", solver, steps) for steps in counts]
+        for better in target.solvers[1:] if solver is target.solvers[0] else ():
+            counts = [max(1, round(share * solver.steps)) for share in SHARES_BETTER]
+            rows += [Row(f"{better.name}, {steps} steps", "better", better, steps) for steps in counts]
+    return rows + [parse_cached(text, solver) for text in policies]

@@ -1,0 +1,286 @@
+"""Spec strings: what they parse to, how they combine, and what an unreadable one is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cachekit
+from cachekit.policies import POLICIES, at_most, change, every, first, last, outside, skip_cache, skip_every, tail
+from cachekit.policy import AllOf, AnyOf, Policy, Preset
+from cachekit.reuse import parse_reuse
+from cachekit.segments import parse_segments
+from cachekit.spec import parse_policy
+
+LEAVES: list[tuple[str, Any]] = [
+    ("every-2", every(2)),
+    ("first-3", first(3)),
+    ("first-0", first(0)),
+    ("last-5", last(5)),
+    ("tail", tail(0.06)),
+    ("tail-0.1", tail(0.1)),
+    ("at-most-4", at_most(4)),
+    ("change-0.08", change(0.08)),
+    ("change-5e-2", change(0.05)),
+    ("change-1e-05", change(0.00001)),
+    ("outside-700-50", outside(700, 50)),
+    ("outside-700", outside(700, 0)),
+    ("outside-712.5-0.5", outside(712.5, 0.5)),
+    ("N2-700-50", every(2) | outside(700, 50)),
+    ("N-2-700-50", every(2) | outside(700, 50)),
+]
+
+
+@pytest.mark.parametrize(("spec", "policy"), LEAVES, ids=[spec for spec, _ in LEAVES])
+def test_a_name_and_its_numbers(spec: str, policy: Any) -> None:
+    assert parse_policy(spec) == Preset(policy)
+    assert parse_policy(f"  {spec} ") == Preset(policy)
+
+
+def test_every_known_policy_is_tried_above() -> None:
+    tried = {type(policy).__name__ for _, policy in LEAVES} | {"skip_cache", "skip_every"}
+    assert {maker.__name__ for maker in POLICIES.values()} <= tried
+
+
+def test_the_preset_brings_its_reuse() -> None:
+    preset = parse_policy("skip-every-3")
+    assert preset == skip_every(3)
+    assert preset.policy == first(3) | at_most(2) | tail(0.06)
+    assert preset.segments is None
+    assert isinstance(preset.reuse, cachekit.Forecast)
+    assert (preset.reuse.order, preset.reuse.bound) == (2, 5.0)
+
+
+def test_objects_pass_through() -> None:
+    assert parse_policy(every(2)) == Preset(every(2))
+    assert parse_policy(skip_every(2)) is not None
+    preset = Preset(every(2), segments="all", reuse="residual")
+    assert parse_policy(preset) is preset
+    assert skip_cache(2, 700, 50) == every(2) | outside(700, 50)
+
+
+@pytest.mark.parametrize(
+    ("spec", "policy"),
+    [
+        ("every-2|first-3", AnyOf(every(2), first(3))),
+        ("every-2&first-3", AllOf(every(2), first(3))),
+        ("every-2 | first-3 | last-1", AnyOf(AnyOf(every(2), first(3)), last(1))),
+        ("every-2 | first-3 & last-1", AnyOf(every(2), AllOf(first(3), last(1)))),
+        ("every-2 & first-3 | last-1", AnyOf(AllOf(every(2), first(3)), last(1))),
+        ("(every-2 | first-3) & last-1", AllOf(AnyOf(every(2), first(3)), last(1))),
+        ("every-2 & (first-3 | last-1)", AllOf(every(2), AnyOf(first(3), last(1)))),
+        ("((every-2))", every(2)),
+    ],
+)
+def test_combinations(spec: str, policy: Policy[Any]) -> None:
+    assert parse_policy(spec).policy == policy
+
+
+def test_a_preset_in_a_combination_keeps_its_reuse() -> None:
+    for spec in (
+        "skip-every-3 | outside-700-50",
+        "outside-700-50 | skip-every-3",
+        "skip-every-3 & every-2",
+        "every-2 & skip-every-3",
+    ):
+        assert parse_policy(spec).reuse == skip_every(3).reuse
+    assert parse_policy("skip-every-3 | skip-every-5").policy == AnyOf(skip_every(3).policy, skip_every(5).policy)
+
+
+def test_presets_that_disagree_are_refused() -> None:
+    with pytest.raises(cachekit.ConfigError, match="two presets with different reuse"):
+        Preset(every(2), reuse="output") | skip_every(2)
+    with pytest.raises(cachekit.ConfigError, match="two presets with different segments"):
+        Preset(every(2), segments="all") & Preset(every(3), segments="model")
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(cachekit.ConfigError) as caught:
+        parse_policy("evry-2")
+    message = str(caught.value)
+    assert "'evry-2'" in message
+    for usage in (
+        "every-N",
+        "outside-START-CLOSE",
+        "first-N",
+        "last-N",
+        "tail-SHARE",
+        "at-most-N",
+        "change-THRESHOLD",
+        "skip-every-N",
+        "NN-START-CLOSE",
+    ):
+        assert usage in message
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("every-0", "greater than 0"),
+        ("every-1.5", "valid integer"),
+        ("every", "every-N"),
+        ("every-2-3", "every-N"),
+        ("change--1", "unknown policy"),
+        ("first-0.5", "valid integer"),
+        ("skip-every-0", "greater than 0"),
+        ("N2-700", "close"),
+        ("every-2 first-3", "from 'first-3' on"),
+        ("every-2)", "from '\\)' on"),
+        ("(every-2", "lacks a closing parenthesis"),
+        ("every-2 |", "lacks a policy"),
+        ("| every-2", "lacks a policy"),
+        ("()", "lacks a policy"),
+        ("", "lacks a policy"),
+        ("   ", "lacks a policy"),
+        ("every-2 || first-3", "lacks a policy"),
+        ("2", "unknown policy"),
+    ],
+)
+def test_unreadable_specs(spec: str, says: str) -> None:
+    with pytest.raises(cachekit.ConfigError, match=says):
+        parse_policy(spec)
+
+
+@pytest.mark.parametrize("policy", [None, 2, every, ["every-2"], 0.5])
+def test_what_is_no_policy(policy: Any) -> None:
+    with pytest.raises(cachekit.ConfigError, match=r"neither a spec string such as 'skip-every-2' nor a cachekit.Policy"):
+        parse_policy(policy)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: every(0), "every.*greater than 0"),
+        (lambda: every(n=1.5), "every.*valid integer"),  # type: ignore[arg-type]
+        (lambda: outside(-1, 0), "outside.*greater than or equal to 0"),
+        (lambda: change(float("-inf")), "change.*greater than or equal to 0"),
+        (lambda: first(-1), "first.*greater than or equal to 0"),
+    ],
+)
+def test_policies_refuse_numbers_that_make_no_sense(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){says}"):
+        make()
+
+
+def _numbers() -> st.SearchStrategy[float]:
+    return st.one_of(st.integers(0, 2000), st.floats(0, 2000, allow_nan=False).map(abs))
+
+
+def _text(value: float) -> str:
+    return repr(value)
+
+
+leaves = st.one_of(
+    st.integers(1, 99).map(lambda n: (f"every-{n}", every(n))),
+    st.integers(0, 99).map(lambda n: (f"first-{n}", first(n))),
+    st.integers(0, 99).map(lambda n: (f"last-{n}", last(n))),
+    st.integers(0, 99).map(lambda n: (f"at-most-{n}", at_most(n))),
+    st.floats(0, 1).map(lambda x: (f"tail-{_text(abs(x))}", tail(abs(x)))),
+    st.floats(0, 1e6).map(lambda x: (f"change-{_text(abs(x))}", change(abs(x)))),
+    st.tuples(_numbers(), _numbers()).map(lambda w: (f"outside-{_text(w[0])}-{_text(w[1])}", outside(*w))),
+)
+trees: st.SearchStrategy[tuple[str, Any]] = st.recursive(
+    leaves,
+    lambda inner: st.tuples(inner, st.sampled_from("|&"), inner).map(
+        lambda p: (f"({p[0][0]} {p[1]} {p[2][0]})", p[0][1] | p[2][1] if p[1] == "|" else p[0][1] & p[2][1])
+    ),
+    max_leaves=8,
+)
+
+
+@given(trees)
+def test_any_combination_reads_as_it_was_written(tree: tuple[str, Any]) -> None:
+    spec, policy = tree
+    assert parse_policy(spec).policy == policy
+
+
+def _show(policy: Policy[Any]) -> str:
+    """Without parentheses where precedence does without them."""
+    if isinstance(policy, AnyOf):
+        right = _show(policy.b)
+        return f"{_show(policy.a)} | {f'({right})' if isinstance(policy.b, AnyOf) else right}"
+    if isinstance(policy, AllOf):
+        left, right = _show(policy.a), _show(policy.b)
+        return (f"({left})" if isinstance(policy.a, AnyOf) else left) + " & " + (f"({right})" if not _is_leaf(policy.b) else right)
+    return str(next(spec for spec, leaf in SIMPLE if leaf == policy))
+
+
+def _is_leaf(policy: Policy[Any]) -> bool:
+    return not isinstance(policy, AnyOf | AllOf)
+
+
+SIMPLE: list[tuple[str, Policy[Any]]] = [
+    ("every-2", every(2)),
+    ("first-3", first(3)),
+    ("last-1", last(1)),
+    ("outside-700-50", outside(700, 50)),
+]
+minimal: st.SearchStrategy[Policy[Any]] = st.recursive(
+    st.sampled_from([policy for _, policy in SIMPLE]),
+    lambda inner: st.tuples(inner, st.booleans(), inner).map(lambda p: p[0] | p[2] if p[1] else p[0] & p[2]),
+    max_leaves=8,
+)
+
+
+@given(minimal)
+def test_precedence_is_that_of_python(policy: Policy[Any]) -> None:
+    text = _show(policy)
+    assert parse_policy(text).policy == policy
+    as_python = text
+    for spec, _ in SIMPLE:
+        name, *numbers = spec.split("-")
+        as_python = as_python.replace(spec, f"{name}({', '.join(numbers)})")
+    assert eval(as_python, {"every": every, "first": first, "last": last, "outside": outside}) == policy
+
+
+@pytest.mark.parametrize(
+    ("spec", "order", "beta", "axis"),
+    [
+        ("output", 0, 0.0, "t"),
+        ("residual", 0, 1.0, "t"),
+        ("taylor-1", 1, 0.0, "t"),
+        ("taylor-3", 3, 0.0, "t"),
+        ("residual-taylor-2", 2, 1.0, "t"),
+        ("grid-taylor-2", 2, 0.0, "grid"),
+        ("residual-grid-taylor-1", 1, 1.0, "grid"),
+    ],
+)
+def test_reuse_specs(spec: str, order: int, beta: float, axis: str) -> None:
+    assert parse_reuse(spec) == cachekit.Forecast(order=order, beta=beta, axis=axis)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reuse", ["outputs", "taylor", "taylor-x", "residual-", 2, None])
+def test_unknown_reuse_lists_the_known(reuse: Any) -> None:
+    with pytest.raises(cachekit.ConfigError, match=r"unknown reuse.*'output', 'residual', 'taylor-K', 'residual-taylor-K'"):
+        parse_reuse(reuse)
+
+
+@pytest.mark.parametrize(
+    ("segments", "found"),
+    [
+        (None, [(1, -1)]),
+        ("middle", [(1, -1)]),
+        ("all", [(None, None)]),
+        ("skip-0", [(0, None)]),
+        ("skip-3", [(3, -3)]),
+        ("model", [("model", None)]),
+        ((2, 5), [(2, 5)]),
+        ((None, -1), [(None, -1)]),
+        (range(2, 5), [(2, 5)]),
+        (slice(None, 4), [(None, 4)]),
+        ([(1, 4), (4, 7)], [(1, 4), (4, 7)]),
+        (["middle"], [(1, -1)]),
+    ],
+)
+def test_segments(segments: Any, found: list[tuple[Any, Any]]) -> None:
+    assert [(segment.start, segment.stop) for segment in parse_segments(segments)] == found
+
+
+@pytest.mark.parametrize("segments", ["midle", "skip-", "skip--1", 3, [], (), (1, 2, 3), (1.0, 2.0), range(0, 8, 2), (True, False)])
+def test_unknown_segments_say_what_there_is(segments: Any) -> None:
+    with pytest.raises(cachekit.ConfigError, match="segments="):
+        parse_segments(segments)
