@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
@@ -55,7 +55,11 @@ def lagrange(times: Sequence[float], t: float) -> list[float]:
     return result
 
 
-@validated(frozen=True)
+# Without it a misspelt keyword is ignored, and a forecast is silently of order 0.
+STRICT = ConfigDict(extra="forbid")
+
+
+@validated(frozen=True, config=STRICT)
 class Forecast:
     """Polynomial forecast from true nodes; order 0 holds the newest value.
 
@@ -163,10 +167,10 @@ def parse_reuse(reuse: Any) -> Reuse:
             if name.startswith(prefix):
                 name, changes = name.removeprefix(prefix), changes | change
         made = make(name, known_reuses(), kind="reuse", advice=ADVICE)
-        try:
-            reuse = replace(made, **changes) if changes else made
-        except TypeError as error:
-            raise ConfigError(f"reuse {reuse!r}: {name!r} has no {' and no '.join(changes)} to set; write {name!r}") from error
+        lacking = [change for change in changes if change not in getattr(made, "__dataclass_fields__", ())]
+        if lacking:
+            raise ConfigError(f"reuse={reuse!r}: {name!r} has no {' and no '.join(lacking)} to set; write {name!r} alone")
+        reuse = replace(made, **changes) if changes else made
     if isinstance(reuse, Reuse) and not isinstance(reuse, type):
         return reuse
     raise ConfigError(f"unknown reuse {reuse!r}; {ADVICE}")

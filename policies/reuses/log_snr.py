@@ -8,8 +8,10 @@ import numpy as np
 from pydantic import Field, PositiveFloat
 from pydantic.dataclasses import dataclass
 
+from cachekit.reuse import STRICT
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class LogSnr:
     """λ(t) = log(α / σ) = ½ log(ᾱ / (1 - ᾱ)) of a variance-preserving schedule (DPM-Solver, arXiv 2206.00927, section 3).
 
@@ -31,7 +33,7 @@ class LogSnr:
         return 0.5 * log(share / (1 - share))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FlowLogSnr:
     """λ(t) = log((1 - σ) / σ) of flow matching's straight paths, x = (1 - σ) data + σ noise (arXiv 2209.03003), with σ = t / range.
 

@@ -12,9 +12,10 @@ from pydantic.dataclasses import dataclass
 
 from cachekit.errors import ConfigError
 from cachekit.policy import Step
+from cachekit.reuse import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Scale:
     """The newest value times the product of the calibrated ratios since then.
 
