@@ -58,5 +58,5 @@ class Scale:
         return [exp(self._log_magnitude(t) - self._log_magnitude(times[0]))]
 
     def _log_magnitude(self, t: float) -> float:
-        logs = np.cumsum(np.log([1.0, *self.ratios[1:]]))
-        return float(np.interp(-t, [-time for time in self.timesteps], logs))
+        # But for a constant, which cancels: so the first ratio never counts.
+        return float(np.interp(-t, [-time for time in self.timesteps], np.cumsum(np.log(self.ratios))))
