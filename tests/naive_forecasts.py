@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import factorial, sqrt
+from math import factorial
 
 import numpy as np
 import reference
@@ -105,6 +105,3 @@ def naive(history: History, now: float, reuse: Forecast) -> Tensor:
     if isinstance(reuse, Bdf):
         return bdf(history, now, reuse)
     return reference_forecast(history, now, reuse)
-
-
-HALF = sqrt(0.5)

@@ -19,7 +19,7 @@ import torch
 from drawing import At, heun, stack_specs
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from naive_forecasts import HALF, foca, naive
+from naive_forecasts import foca, naive
 from reference import Reference, Site, exact_weights
 from stack_blocks import StackSpec
 from stack_runs import Run, conditioning, equal, given_time, samples, tensor_of
@@ -28,11 +28,11 @@ from torch import Tensor
 from wrapping import handle, stats
 
 import cachekit
-from cachekit import ConfigError, Forecast, Reuse
-from cachekit.policies.reuses import REUSES, Bdf, Chebyshev, FlowLogSnr, Hermite, LogSnr, Scale, TaylorSeer
-from cachekit.reuse import History, parse_reuse
+from cachekit import Forecast, Reuse
+from cachekit.policies.reuses import Bdf, Chebyshev, FlowLogSnr, Hermite, LogSnr, Scale, TaylorSeer
+from cachekit.reuse import History
 
-EPS = 2.0**-53
+EPS, HALF = 2.0**-53, math.sqrt(0.5)
 ALPHAS = tuple(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).tolist())
 SCALE = Scale((900.0, 600.0, 300.0, 100.0), (1.0, 1.1, 0.9, 0.8))
 
@@ -340,114 +340,8 @@ def test_scale_on_a_model(times: tuple[float, ...], seed: int) -> None:
             assert torch.allclose(found, x + residual, rtol=1e-12, atol=1e-12)
 
 
-# ---- names
-
-
-@pytest.mark.parametrize(
-    ("spec", "reuse"),
-    [
-        ("taylorseer-2", TaylorSeer(2)),
-        ("taylorseer", TaylorSeer(1)),
-        ("hermite-3-0.7", Hermite(3, 0.7)),
-        ("hermite", Hermite(2, 0.5, axis="grid")),
-        ("chebyshev-3-4", Chebyshev(3, 4)),
-        ("bdf2", Bdf(2)),
-        ("bdf-1", Bdf(1)),
-        ("grid-taylorseer-2", TaylorSeer(2, axis="grid")),
-        ("residual-chebyshev-1", Chebyshev(1, beta=1.0)),
-        ("residual-grid-bdf2", Bdf(2, beta=1.0, axis="grid")),
-        ("taylor-0", Forecast()),
-    ],
-)
-def test_specs(spec: str, reuse: Reuse) -> None:
-    assert parse_reuse(spec) == reuse
-    assert parse_reuse(reuse) is reuse
-
-
-@pytest.mark.parametrize(
-    ("spec", "says"),
-    [
-        ("hermit-2", r"known: bdf-ORDER, chebyshev-ORDER-EXTRA, hermite-ORDER-SCALE, .*taylorseer-ORDER; write 'output'"),
-        ("bdf-3", "does not fit bdf-ORDER.*less than or equal to 2"),
-        ("hermite-2-0", "greater than 0"),
-        ("chebyshev-2-1.5", "valid integer"),
-        ("taylorseer-1-2-3", "does not fit taylorseer-ORDER"),
-        ("taylor", "does not fit taylor-K"),
-        ("grid-residual-taylor-1", "unknown reuse"),
-        ("grid-", "unknown reuse"),
-    ],
-)
-def test_unreadable_specs(spec: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=f"(?s){says}"):
-        parse_reuse(spec)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Scale((900.0, 600.0), (1.0,)),
-        lambda: Scale((600.0, 900.0), (1.0, 1.0)),
-        lambda: Scale((), ()),
-        lambda: Scale((900.0,), (0.0,)),
-        lambda: LogSnr(()),
-        lambda: FlowLogSnr(margin=0.5),
-        lambda: Bdf(3),
-        lambda: Hermite(2, -1.0),
-        lambda: Chebyshev(2, -1),
-        lambda: Forecast(ordr=2),  # type: ignore[call-arg]
-        lambda: Hermite(2, axes="t"),  # type: ignore[call-arg]
-        lambda: LogSnr(ALPHAS, margin=0.1),  # type: ignore[call-arg]
-        lambda: Scale((900.0,), (1.0,), axis="t"),  # type: ignore[call-arg]
-    ],
-)
-def test_numbers_that_make_no_sense_are_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match=r"ratios for|must fall|Input should be|at least 1 item|Unexpected keyword"):
-        make()
-
-
 @given(operators | st.just(SCALE))
 def test_copies_and_pickles_are_equal(reuse: Reuse) -> None:
     assert copy.deepcopy(reuse) == reuse == pickle.loads(pickle.dumps(reuse))
     assert hash(copy.deepcopy(reuse)) == hash(reuse)
     assert isinstance(reuse, Reuse)
-
-
-ENTRY_POINTS = """
-[cachekit.reuses]
-tangent = cachekit.policies.reuses:Bdf
-fixed-scale = naive_reuse:fixed
-no-reuse = builtins:float
-broken = nowhere_to_be_found:reuse
-"""
-FIXED = """
-from cachekit.policies.reuses import Scale
-
-
-def fixed(ratio):
-    return Scale((1000, 0), (1, ratio))
-"""
-
-
-def test_reuses_of_other_packages(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by name like policies; one that can't be loaded, or makes no reuse, is named and breaks nothing else."""
-    info = tmp_path / "others-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 0.1\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS, encoding="utf-8")
-    (tmp_path / "naive_reuse.py").write_text(FIXED, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert parse_reuse("residual-tangent-1") == Bdf(1, beta=1.0)
-    assert parse_reuse("fixed-scale-0.5") == Scale((1000.0, 0.0), (1.0, 0.5))
-    assert parse_reuse("taylor-1") == Forecast(1)
-    with pytest.raises(ConfigError, match=r"'fixed-scale-0.5' has no axis to set; write 'fixed-scale-0.5' alone"):
-        parse_reuse("residual-grid-fixed-scale-0.5")
-    with pytest.raises(ConfigError, match=r"'broken'.*nowhere_to_be_found"):
-        parse_reuse("broken-2")
-    with pytest.raises(ConfigError, match="unknown reuse"):
-        parse_reuse("no-reuse-2")
-    with pytest.raises(ConfigError, match=r"broken \(can't be loaded\), chebyshev-ORDER-EXTRA, fixed-scale-RATIO"):
-        parse_reuse("what-2")
-
-
-def test_every_name_is_tried() -> None:
-    assert set(REUSES) == {"output", "residual", "taylor", "taylorseer", "hermite", "chebyshev", "bdf"}
