@@ -8,12 +8,12 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from cachekit.errors import ConfigError
-from cachekit.policy import Step
+from cachekit.policy import STRICT, Step
 from cachekit.spec import known_reuses, make
 
 Axis = Literal["t", "grid"] | Callable[[float], float]
@@ -53,10 +53,6 @@ def lagrange(times: Sequence[float], t: float) -> list[float]:
                 weight *= (t - other) / (node - other)
         result.append(weight)
     return result
-
-
-# Without it a misspelt keyword is ignored, and a forecast is silently of order 0.
-STRICT = ConfigDict(extra="forbid")
 
 
 @validated(frozen=True, config=STRICT)

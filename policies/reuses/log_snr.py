@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from cachekit.reuse import STRICT
+from cachekit.policy import STRICT
 
 
 @dataclass(frozen=True, config=STRICT)

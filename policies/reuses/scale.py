@@ -11,8 +11,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from cachekit.errors import ConfigError
-from cachekit.policy import Step
-from cachekit.reuse import STRICT
+from cachekit.policy import STRICT, Step
 
 
 @dataclass(frozen=True, config=STRICT)
