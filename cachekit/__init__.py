@@ -6,6 +6,7 @@ from cachekit.anatomy import graph
 from cachekit.check import Finding, Report, check
 from cachekit.errors import CachekitError, ConfigError, ModelError
 from cachekit.graph import Cost, Graph, Visit
+from cachekit.long_skips import add_long_skips, remove_long_skips
 from cachekit.policy import Policy, Preset, Step
 from cachekit.reuse import Forecast, Reuse
 from cachekit.schedule import Schedule, plan
@@ -35,10 +36,12 @@ __all__ = [
     "Stats",
     "Step",
     "Visit",
+    "add_long_skips",
     "check",
     "graph",
     "plan",
     "policies",
+    "remove_long_skips",
     "unwrap",
     "wrap",
 ]

@@ -17,6 +17,7 @@ from cachekit.adapter import Adapter
 from cachekit.blocks import find_blocks
 from cachekit.call import GraphChanged, KnownCall, Original, PlainCall
 from cachekit.decisions import Decisions
+from cachekit.errors import ModelError
 from cachekit.inputs import Inputs, Reader
 from cachekit.patch import Patch
 from cachekit.segments import Site
@@ -131,6 +132,19 @@ class Engine:
         self.removed = True
         self.patches = [patch for patch in reversed(self.patches) if not patch.remove()]
         self.reset()
+
+    def lift(self) -> None:
+        """Take the interceptors out for ``attach`` to put them back, and forget what is stored.
+
+        Raises:
+            ModelError: somebody else's hook lies on one of them; all are back in place then.
+        """
+        self.patches = [patch for patch in reversed(self.patches) if not patch.remove()]
+        self.reset()
+        if self.patches:
+            path = next((path for path, module in self.model.named_modules() if module is self.patches[0].module), "")
+            self.attach()
+            raise ModelError(f"another library's hook lies on the cache at {path or 'the model'!r}; cachekit.unwrap(model) first")
 
     def block(self, path: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block is called."""
