@@ -11,6 +11,7 @@ from cachekit.policy import Policy, Preset, Step
 from cachekit.reuse import Forecast, Reuse
 from cachekit.schedule import Schedule, plan
 from cachekit.segments import Segment
+from cachekit.skip_files import load_long_skips, save_long_skips
 from cachekit.stats import Record, Stats
 from cachekit.wrap import Handle, unwrap, wrap
 
@@ -39,9 +40,11 @@ __all__ = [
     "add_long_skips",
     "check",
     "graph",
+    "load_long_skips",
     "plan",
     "policies",
     "remove_long_skips",
+    "save_long_skips",
     "unwrap",
     "wrap",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from importlib.metadata import entry_points
 from typing import Any
@@ -32,6 +32,8 @@ class Adapter(BaseModel):
         main: name of the main stream's argument and its place in what a block returns, where blocks carry several streams.
         per_step: argument names (globs) that hold something new at every step, and so don't tell branches apart.
         attention, cross_attention, mlp: names within a block of these modules.
+        translate: puts a checkpoint of another repository under the names of this class.
+        unneeded: keys (globs) that such a checkpoint may have and the class does without.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,8 @@ class Adapter(BaseModel):
     attention: tuple[str, ...] = Field(default=("attn", "attn1"))
     cross_attention: tuple[str, ...] = Field(default=("cross_attn", "attn2"))
     mlp: tuple[str, ...] = Field(default=("mlp", "ff"))
+    translate: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    unneeded: tuple[str, ...] = ()
 
     def relayouts(self, previous: str, block: str) -> bool:
         """Whether nothing but the layout changes between these two blocks."""

@@ -132,11 +132,9 @@ def pass_on(
     captured = long_skips.calls.captured
     found = main_input(block.forward, connection.main, args, kwargs)
     stream = None if found is None else found[1]
-    if captured is None:
-        # A checkpointed block runs again in the backward pass, with the very stream that it had.
-        skip = None if stream is None else long_skips.passed.skips.get(stream)
-    else:
-        skip = captured.get(connection.early)
+    # A checkpointed block runs again in the backward pass, when no call is open, with the very stream that it had.
+    again = captured is None and stream is not None
+    skip = long_skips.passed.skips.get(stream) if again else (captured or {}).get(connection.early)
     if skip is None:
         where = "outside of a call of the model" if captured is None else f"before block {connection.early!r} was called"
         raise ModelError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -33,34 +34,42 @@ class BoundedLinear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, bound: float = 1.0) -> None:
         super().__init__(inputs, outputs)
         self.bound = bound
-        self._known: tuple[int, int, Tensor] | None = None
+        self._known: tuple[Any, Tensor] | None = None
 
     @property
     def bounded(self) -> Tensor:
         """The weight in use, (outputs, inputs). Gradients pass through the scale too."""
         wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         sigma = torch.linalg.vector_norm(wide.T @ self._top(wide))
-        return (wide * (self.bound / sigma.clamp_min(self.bound))).to(self.weight.dtype)
+        bounded: Tensor = (wide * (self.bound / sigma.clamp_min(self.bound))).to(self.weight.dtype)
+        return bounded
 
     def _top(self, wide: Tensor) -> Tensor:
-        """The left singular vector of the largest singular value, (outputs,)."""
-        seen = (self.weight._version, self.weight.data_ptr()) if not self.weight.is_inference() else None
-        # Sampling pays for the decomposition once; wherever weights may change, what was known is not trusted: an optimiser or
-        # an average that writes into ``.data`` leaves the version as it was.
-        if seen is not None and self._known is not None and self._known[:2] == seen and not self._changing():
-            return self._known[2]
+        """The left singular vector of the largest singular value, (outputs,).
+
+        Sampling finds it once. Where weights may change it is found each time, since one that is written through ``.data`` (as
+        optimisers and averages do) doesn't show it; ``train()`` and ``eval()`` forget it for the same reason.
+        """
+        changing = self.training or self.weight.is_inference() or (torch.is_grad_enabled() and self.weight.requires_grad)
+        seen = None if changing else (id(self.weight), self.weight._version, self.weight.data_ptr())
+        if seen is not None and self._known is not None and self._known[0] == seen:
+            return self._known[1]
         with torch.no_grad():
-            top = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -1]
-        self._known = None if seen is None or self._changing() else (*seen, top)
+            top: Tensor = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -1]
+        self._known = None if seen is None else (seen, top)
         return top
 
-    def _changing(self) -> bool:
-        return self.training or (torch.is_grad_enabled() and self.weight.requires_grad)
-
     def train(self, mode: bool = True) -> BoundedLinear:
-        """As in torch; forgets what was known of the weight."""
+        """As in torch."""
         self._known = None
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._known = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_known": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
@@ -136,3 +145,22 @@ def make_fusion(fusion: Any, width: int) -> nn.Module:
         names = ", ".join(map(repr, FUSIONS))
         raise ConfigError(f"fusion={fusion!r}; write one of {names}, or a callable (width) -> torch.nn.Module that takes (x, skip)")
     return made
+
+
+def placed_as(block: nn.Module) -> dict[str, Any]:
+    """Device and dtype of a block's weights, as arguments of ``to``."""
+    for parameter in block.parameters():
+        if parameter.is_floating_point():
+            return {"device": parameter.device, "dtype": parameter.dtype}
+    return {}
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """A seed for torch's CPU generator, which is as it was afterwards; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -112,7 +112,7 @@ class Graph:
 
     @property
     def long_skips(self) -> tuple[tuple[int, int], ...]:
-        """(early visit, late visit) of each long skip connection: an input of the main stream's size and width beside the stream."""
+        """(early visit, late visit) of each long skip connection: an input of the stream's size and width beside it."""
         return tuple(
             (source.visit, v) for v, visit in enumerate(self.visits) for source in visit.sources if self._is_long_skip(v, source)
         )

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from itertools import groupby
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from cachekit.adapter import Adapter, adapter_for
-from cachekit.blocks import find_blocks
 from cachekit.connections import Connection, LongSkips
+from cachekit.engine import intercept_block
 from cachekit.errors import ConfigError, ModelError
-from cachekit.fusions import Factory, fusion_name, make_fusion
+from cachekit.fusions import Factory, fusion_name, make_fusion, placed_as, seeded
+from cachekit.pairs import checked_pairs, default_pairs, stack_units, width_of
 from cachekit.wrap import beneath
 
 M = TypeVar("M", bound=nn.Module)
 NAME = "long_skips"
-Pairs = Sequence[tuple[int, int]]
+PREFIX = f"{NAME}."
 
 
 def add_long_skips(
     model: M,
     *,
     fusion: str | Factory = "residual",
-    pairs: Pairs | None = None,
+    pairs: Sequence[tuple[int, int]] | None = None,
     seed: int | None = None,
     width: int | None = None,
     adapter: Adapter | str | None = None,
@@ -54,16 +52,34 @@ def add_long_skips(
         ConfigError: a fusion, pair or width that can't mean what was written.
         ModelError: no stack, long skip connections that are there already, or a model wrapped as a part of another.
     """
+    return connect_long_skips(model, make_long_skips(model, fusion, pairs, seed, width, adapter))
+
+
+def make_long_skips(
+    model: nn.Module,
+    fusion: str | Factory,
+    pairs: Sequence[tuple[int, int]] | None,
+    seed: int | None,
+    width: int | None = None,
+    adapter: Adapter | str | None = None,
+) -> LongSkips:
+    """The fusions that a model would get, as in ``add_long_skips``. The model is left as it is."""
     _check_model(model)
     facts = adapter_for(model, adapter)
     units = stack_units(model, facts)
-    chosen = default_pairs(len(units)) if pairs is None else _checked(pairs, len(units))
+    chosen = default_pairs(len(units)) if pairs is None else checked_pairs(pairs, len(units))
+    if not chosen:
+        raise ModelError(f"a stack of {len(units)} blocks was found, and long skip connections need two; they stand in ModuleLists")
     made = LongSkips(fusion_name(fusion), chosen, tuple(_connection(model, units, pair, facts, width) for pair in chosen))
-    with _seeded(seed):
+    with seeded(seed):
         for connection in made.connections:
             late = model.get_submodule(connection.late)
-            made[connection.name] = make_fusion(fusion, connection.width).to(**_placed_as(late))
-    made.train(model.training)
+            made[connection.name] = make_fusion(fusion, connection.width).to(**placed_as(late))
+    return made.train(model.training)
+
+
+def connect_long_skips(model: M, made: LongSkips) -> M:
+    """Put fusions into their model, beneath a cache that may be there."""
     with beneath(model):
         _check_patches(model, made.connections)
         model.add_module(NAME, made)
@@ -85,37 +101,6 @@ def long_skips_of(model: nn.Module) -> LongSkips | None:
     """The long skip connections that were added to a model."""
     found = model._modules.get(NAME) if isinstance(model, nn.Module) else None
     return found if isinstance(found, LongSkips) else None
-
-
-def default_pairs(units: int) -> tuple[tuple[int, int], ...]:
-    """(i, L-1-i) for the first half of L units."""
-    return tuple((i, units - 1 - i) for i in range(units // 2))
-
-
-def stack_units(model: nn.Module, adapter: Adapter) -> list[tuple[str, ...]]:
-    """Paths of the blocks of each unit, in the order of the model's lists.
-
-    Where there are as many lists as a unit has blocks, a unit takes one of each, as the model does.
-    """
-    paths = list(find_blocks(model, adapter))
-    lists = [list(group) for _, group in groupby(paths, key=lambda path: path.rpartition(".")[0])]
-    if adapter.unit > 1 and len(lists) == adapter.unit and len({len(found) for found in lists}) == 1:
-        return list(zip(*lists, strict=True))
-    return [tuple(paths[k : k + adapter.unit]) for k in range(0, len(paths), adapter.unit)]
-
-
-def width_of(block: nn.Module, adapter: Adapter) -> int | None:
-    """Width of the stream that a block takes: what its attention's first linear layer does, else its first norm's or layer's."""
-    attention = [module for name, module in block.named_children() if name in adapter.attention]
-    for module in (inner for found in attention for inner in found.modules()):
-        if isinstance(module, nn.Linear):
-            return module.in_features
-    for module in block.modules():
-        if isinstance(module, nn.LayerNorm):
-            return int(module.normalized_shape[-1])
-        if isinstance(module, nn.Linear):
-            return module.in_features
-    return None
 
 
 def _connection(
@@ -144,43 +129,5 @@ def _check_model(model: Any) -> None:
 
 def _check_patches(model: nn.Module, connections: Iterable[Connection]) -> None:
     for late in (model.get_submodule(connection.late) for connection in connections):
-        function = getattr(late.__dict__.get("forward"), "func", None)
-        if getattr(function, "__module__", "") == "cachekit.engine":
+        if getattr(late.__dict__.get("forward"), "func", None) is intercept_block:
             raise ModelError("the model is wrapped as a part of another module; cachekit.unwrap that one first")
-
-
-def _checked(pairs: Any, units: int) -> tuple[tuple[int, int], ...]:
-    try:
-        found = tuple((int(early), int(late)) for early, late in pairs)
-    except (TypeError, ValueError):
-        raise ConfigError(f"pairs={pairs!r}; write a list of (early, late) indices, such as [(0, {units - 1})]") from None
-    for early, late in found:
-        if not 0 <= early < late < units:
-            raise ConfigError(f"pair ({early}, {late}): the early one comes first, and both lie in this stack of {units}")
-    lates = [late for _, late in found]
-    if not found or len(set(lates)) < len(lates):
-        raise ConfigError(f"pairs={pairs!r}; give at least one pair, and only one for each late block")
-    return found
-
-
-def _placed_as(block: nn.Module) -> dict[str, Any]:
-    for parameter in block.parameters():
-        if parameter.is_floating_point():
-            return {"device": parameter.device, "dtype": parameter.dtype}
-    return {}
-
-
-class _seeded:
-    """A seed for torch's CPU generator, which is as it was afterwards; None changes nothing."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
-        self.fork: Any = nullcontext() if seed is None else torch.random.fork_rng(devices=[])
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        if self.seed is not None:
-            torch.default_generator.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
