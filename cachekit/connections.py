@@ -7,7 +7,6 @@ two sees a long skip connection by identity, as it sees a model's own.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from cachekit.captured import Calls, Passed
 from cachekit.errors import ModelError
 from cachekit.main_stream import Main, main_input, main_output, swapped, with_input
 from cachekit.patch import Patch
@@ -43,29 +42,6 @@ class Connection:
     width: int
     swaps: bool
     main: Main
-
-
-class Calls(threading.local):
-    """What early blocks returned in the model call that is under way in this thread. Copies and pickles start empty."""
-
-    captured: dict[str, Tensor] | None = None
-    gradients: bool = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Calls, ()
-
-
-class Passed:
-    """Which long skip went with which stream while gradients were recorded, so that a checkpointed block can run again.
-
-    Held as long as the stream, which is as long as autograd holds both. Copies and pickles start empty.
-    """
-
-    def __init__(self) -> None:
-        self.skips: Any = WeakTensorKeyDictionary()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Passed, ()
 
 
 class LongSkips(nn.ModuleDict):
@@ -132,9 +108,10 @@ def pass_on(
     captured = long_skips.calls.captured
     found = main_input(block.forward, connection.main, args, kwargs)
     stream = None if found is None else found[1]
-    # A checkpointed block runs again in the backward pass, when no call is open, with the very stream that it had.
-    again = captured is None and stream is not None
-    skip = long_skips.passed.skips.get(stream) if again else (captured or {}).get(connection.early)
+    skip = None if captured is None else captured.get(connection.early)
+    if captured is None and stream is not None:
+        # A checkpointed block runs again in the backward pass, when no call is open, with the very stream that it had.
+        skip = long_skips.passed.find(stream)
     if skip is None:
         where = "outside of a call of the model" if captured is None else f"before block {connection.early!r} was called"
         raise ModelError(
@@ -142,7 +119,7 @@ def pass_on(
             "call the model itself, give pairs= in the order of its calls, and checkpoint with use_reentrant=False"
         )
     if captured is not None and stream is not None and stream.requires_grad and torch.is_grad_enabled():
-        long_skips.passed.skips[stream] = skip
+        long_skips.passed.note(stream, skip)
     return args, {**kwargs, ARGUMENT: skip}
 
 
