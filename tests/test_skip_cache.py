@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
+from cases import Case, Shape
 from diffusers import DiTTransformer2DModel, HunyuanDiT2DModel, LatteTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,14 +38,16 @@ DEEP_DIT = deeper(DIT, DiTTransformer2DModel)
 DEEP_LATTE = deeper(LATTE, LatteTransformer3DModel)
 DEEP_HUNYUAN = deeper(HUNYUAN_DIT, HunyuanDiT2DModel)
 
-times = st.lists(st.integers(1, 40), min_size=3, max_size=10, unique=True).map(lambda ts: [25.0 * t for t in sorted(ts)[::-1]])
-# On the grid and off it, and beyond both ends.
-bounds = st.integers(0, 44).map(lambda t: 25.0 * t) | st.integers(0, 1010).map(float)
+Run = tuple[Rule, list[float]]
 
 
 @st.composite
-def rules(draw: st.DrawFn, orders: Sequence[int] = (0,)) -> Rule:
-    return Rule(draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(bounds), draw(bounds), draw(st.sampled_from(orders)))
+def runs(draw: st.DrawFn, orders: Sequence[int] = (0,)) -> Run:
+    """A rule and the timesteps of one generation. Windows begin and end at a timestep, between two, and beyond both ends."""
+    ts = sorted({25.0 * t for t in draw(st.lists(st.integers(1, 40), min_size=3, max_size=10, unique=True))}, reverse=True)
+    bounds = st.sampled_from(ts) | st.integers(0, 1010).map(float)
+    start = draw(st.sampled_from([1000.0, 1001.0]) | bounds)
+    return Rule(draw(st.integers(1, 6)), draw(st.integers(1, 4)), start, draw(bounds), draw(st.sampled_from(orders))), ts
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +70,7 @@ def both(case: Case, rule: Rule, ts: Sequence[float], native: bool = False) -> I
     reuse = f"taylor-{rule.order}" if rule.order else None
     cachekit.wrap(model, rule.policy, segments=f"skip-{rule.k}", reuse=reuse)
     loop = Loop(plain, units_of(case), rule, fusions, batch=2)
-    conditioning = case.conditioning(shape=None)
-    conditioning = {
-        key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in conditioning.items()
-    }
+    conditioning = case.conditioning(0, Shape(dtype=torch.float64))
     with handle(model).session(steps=len(ts)):
         for t in ts:
             inputs = case.inputs(t, dtype=torch.float64, conditioning=conditioning)
@@ -88,36 +86,37 @@ def check(case: Case, rule: Rule, ts: Sequence[float], native: bool = False) -> 
         assert len(loop.ran) == (len(case.stack) if loop.is_full else 2 * rule.k * case.unit)
 
 
-@given(rules(), times)
-def test_dit_with_long_skips(rule: Rule, ts: list[float]) -> None:
-    check(DEEP_DIT, rule, ts)
+@given(runs())
+def test_dit_with_long_skips(run: Run) -> None:
+    check(DEEP_DIT, *run)
 
 
 @pytest.mark.slow
 @settings(max_examples=20)
-@given(rules(), times)
-def test_latte_with_long_skips(rule: Rule, ts: list[float]) -> None:
+@given(runs())
+def test_latte_with_long_skips(run: Run) -> None:
     """In units of a spatial and a temporal block; the long skips are rearranged as the model rearranges the stream."""
-    check(DEEP_LATTE, rule, ts)
+    check(DEEP_LATTE, *run)
 
 
 @settings(max_examples=20)
-@given(rules(), times)
-def test_hunyuan_dit_with_its_own_long_skips(rule: Rule, ts: list[float]) -> None:
-    check(DEEP_HUNYUAN, rule, ts, native=True)
+@given(runs())
+def test_hunyuan_dit_with_its_own_long_skips(run: Run) -> None:
+    check(DEEP_HUNYUAN, *run, native=True)
 
 
 @pytest.mark.parametrize("case", [DEEP_DIT, pytest.param(DEEP_LATTE, marks=pytest.mark.slow), DEEP_HUNYUAN], ids=str)
 @settings(max_examples=15)
-@given(rule=rules(orders=(1, 2)), ts=times)
-def test_the_deep_state_forecast(case: Case, rule: Rule, ts: list[float]) -> None:
+@given(run=runs(orders=(1, 2)))
+def test_the_deep_state_forecast(case: Case, run: Run) -> None:
     """Lagrange's weights through the states of the last full steps, instead of the last state."""
-    check(case, rule, ts, native=case is DEEP_HUNYUAN)
+    check(case, *run, native=case is DEEP_HUNYUAN)
 
 
-@given(rules(), times)
-def test_the_window_is_equal_to_counting(rule: Rule, ts: list[float]) -> None:
+@given(runs())
+def test_the_window_is_equal_to_counting(run: Run) -> None:
     """No state but the step's index and the timestep before is needed for the counter, and for its clearing."""
+    rule, ts = run
     counter = Counter(rule)
     expected = []
     for t in ts:
@@ -196,8 +195,9 @@ def written_out(model: UViT, counter: Counter, x: Tensor, timesteps: Tensor) -> 
     return model.leave(x)
 
 
-@given(rules(orders=(0, 1, 2)), times)
-def test_a_u_vit_with_no_line_of_configuration(rule: Rule, ts: list[float]) -> None:
+@given(runs(orders=(0, 1, 2)))
+def test_a_u_vit_with_no_line_of_configuration(run: Run) -> None:
+    rule, ts = run
     torch.manual_seed(0)
     model = UViT().double().eval()
     noise, data = torch.randn(2, 2, 7, 3, dtype=torch.float64)
