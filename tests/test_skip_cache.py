@@ -223,3 +223,11 @@ def test_every_step_full_changes_nothing() -> None:
     expected = DEEP_DIT.output(model(**inputs))
     cachekit.wrap(model, every(1), segments="skip-2")
     assert torch.equal(DEEP_DIT.output(model(**inputs)), expected)
+
+
+def test_the_first_step_stores_what_the_second_reuses() -> None:
+    """Also the early outputs that are taken in right behind the middle block, where the chain breaks."""
+    model = cachekit.wrap(UViT(), "N2-1000-50", segments="skip-1")
+    for t in (900.0, 875.0):
+        model(torch.full((2, 7, 3), t), torch.tensor([t, t]))
+    assert [sum(record.recomputed) for record in stats(model).records] == [DEPTH, 2]
