@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from cases import Case, Shape
-from diffusers import DiTTransformer2DModel, HunyuanDiT2DModel, LatteTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skip_cache_loop import Counter, Loop, Rule
 from torch import Tensor, nn
 from wrapping import handle, stats
-from zoo import DIT, HUNYUAN_DIT, LATTE
+from zoo import DIT, HUNYUAN_DIT, LATTE, deeper
 
 import cachekit
 from cachekit.policies import every
 
+# So that k = 4 leaves some between.
 DEPTH = 10
 
 
-def deeper(case: Case, cls: Any) -> Case:
-    """A case of another depth: so many blocks, or units, that k = 4 leaves some between."""
-
-    def make() -> nn.Module:
-        model: nn.Module = cls.from_config({**case.make().config, "num_layers": DEPTH})  # type: ignore[dict-item]
-        return model
-
-    names = dict.fromkeys(path.rpartition(".")[0] for path in case.stack)
-    return replace(case, make=make, stack=tuple(f"{name}.{i}" for i in range(DEPTH) for name in names))
-
-
-DEEP_DIT = deeper(DIT, DiTTransformer2DModel)
-DEEP_LATTE = deeper(LATTE, LatteTransformer3DModel)
-DEEP_HUNYUAN = deeper(HUNYUAN_DIT, HunyuanDiT2DModel)
+DEEP_DIT = deeper(DIT, DEPTH)
+DEEP_LATTE = deeper(LATTE, DEPTH)
+DEEP_HUNYUAN = deeper(HUNYUAN_DIT, DEPTH)
 
 Run = tuple[Rule, list[float]]
 
@@ -228,6 +215,7 @@ def test_every_step_full_changes_nothing() -> None:
 def test_the_first_step_stores_what_the_second_reuses() -> None:
     """Also the early outputs that are taken in right behind the middle block, where the chain breaks."""
     model = cachekit.wrap(UViT(), "N2-1000-50", segments="skip-1")
-    for t in (900.0, 875.0):
-        model(torch.full((2, 7, 3), t), torch.tensor([t, t]))
+    with handle(model).session():
+        for t in (900.0, 875.0):
+            model(torch.randn(2, 7, 3), torch.tensor([t, t]))
     assert [sum(record.recomputed) for record in stats(model).records] == [DEPTH, 2]
