@@ -98,7 +98,8 @@ def test_any_pairs_equal_a_written_out_loop(chosen: list[tuple[int, int]], fusio
     case = original_zoo.DIT
     model, plain = shaken(cachekit.add_long_skips(case.build(), fusion=fusion, pairs=chosen, seed=0)), case.build()
     inputs = case.inputs(500)
-    x, outputs = plain.x_embedder(inputs["x"]), []
+    x = plain.x_embedder(inputs["x"])
+    outputs: list[Tensor] = []
     c = plain.t_embedder(inputs["t"]) + plain.y_embedder(inputs["y"])
     sources = {late: early for early, late in chosen}
     for i, block in enumerate(plain.blocks):
@@ -106,10 +107,6 @@ def test_any_pairs_equal_a_written_out_loop(chosen: list[tuple[int, int]], fusio
             x = model.long_skips[f"{sources[i]}_to_{i}"](x, outputs[sources[i]])
         x = block(x, c)
         outputs.append(x)
-    plain.blocks = nn.ModuleList()
-    plain.x_embedder = nn.Identity()
-    direct = plain.final_layer(x, c)
-    assert torch.equal(model.final_layer(x, c), direct)
     with watched(model.final_layer) as seen:
         model(**inputs)
     assert torch.equal(seen[0], x)
@@ -319,7 +316,7 @@ def test_the_spectral_bound_holds_while_training(seed: int, bound: float, dtype:
         fusion.train(k % 2 == 0)
         with torch.no_grad():
             fusion(x, skip)
-            sigma = float(torch.linalg.matrix_norm(fusion.linear.bounded, 2))  # type: ignore[operator]
+            sigma = float(torch.linalg.matrix_norm(fusion.linear.bounded, 2))
         assert sigma <= bound * (1 + 1e-5)
         reached = max(reached, sigma)
     assert reached > 0.9 * bound
@@ -335,7 +332,7 @@ def test_gradients_of_the_spectral_bound() -> None:
     def run(given: Tensor) -> Any:
         return torch.func.functional_call(fusion, {"linear.weight": given}, (x, skip))
 
-    assert torch.autograd.gradcheck(run, (weight,))  # type: ignore[attr-defined]
+    assert torch.autograd.gradcheck(run, (weight,))
 
 
 def test_the_spectral_fusion_sees_new_weights_when_sampling() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_what_holds_none_is_refused(tmp_path: Path) -> None:
 def test_others_than_the_models_are_refused(tmp_path: Path) -> None:
     cachekit.save_long_skips(cachekit.add_long_skips(DIT.build()), tmp_path / "skips.safetensors")
     for options in ({"fusion": "paper"}, {"pairs": [(0, 5)]}):
-        model = cachekit.add_long_skips(DIT.build(), **options)  # type: ignore[arg-type]
+        model = cachekit.add_long_skips(DIT.build(), **options)
         with pytest.raises(cachekit.ConfigError, match="other long skip connections"):
             cachekit.load_long_skips(model, tmp_path / "skips.safetensors")
     with pytest.raises(cachekit.ModelError, match=r"missing: .*unknown: "):
@@ -201,10 +202,10 @@ def test_the_original_dit() -> None:
     state = released({**trained.state_dict(), "pos_embed": torch.zeros(1, 16, 24)}, 24, 3)
     inputs = case.inputs(500)
     c = trained.t_embedder(inputs["t"]) + trained.y_embedder(inputs["y"])
-    expected = Units([lambda x, block=block: block(x, c) for block in trained.blocks], state)(trained.x_embedder(inputs["x"]))
+    expected = Units([functools.partial(block, c=c) for block in trained.blocks], state)(trained.x_embedder(inputs["x"]))
     for given in (state, {f"module.{key}": value for key, value in state.items()}):
         model = cachekit.load_long_skips(case.build(), given)
-        assert torch.equal(entering(model.final_layer, lambda model=model: model(**inputs)), expected)
+        assert torch.equal(entering(model.final_layer, functools.partial(model, **inputs)), expected)
         assert list(model.long_skips) == ["0_to_5", "1_to_4", "2_to_3"]
 
 
@@ -223,9 +224,9 @@ def test_the_original_latte() -> None:
         x = x + trained.temp_embed if i == 0 else x
         return swap(trained.blocks[i + 1](x, temporal), batch)
 
-    expected = Units([lambda x, i=i: unit(i, x) for i in range(0, 8, 2)], state)(x)
+    expected = Units([functools.partial(unit, i) for i in range(0, 8, 2)], state)(x)
     model = cachekit.load_long_skips(case.build(), state)
-    assert torch.equal(entering(model.final_layer, lambda: model(**inputs)), expected)
+    assert torch.equal(entering(model.final_layer, functools.partial(model, **inputs)), expected)
 
 
 def test_the_original_latte_t2v() -> None:
@@ -245,9 +246,9 @@ def test_the_original_latte_t2v() -> None:
         x = x + model.temp_pos_embed if i == 0 else x  # no part of a state dict
         return swap(trained.temporal_transformer_blocks[i](x, None, None, None, temporal), batch)
 
-    expected = Units([lambda x, i=i: unit(i, x) for i in range(4)], state)(x)
+    expected = Units([functools.partial(unit, i) for i in range(4)], state)(x)
     cachekit.load_long_skips(model, state)
-    assert torch.equal(entering(model.proj_out, lambda: model(**inputs)), expected)
+    assert torch.equal(entering(model.proj_out, functools.partial(model, **inputs)), expected)
 
 
 WIDTH, HEADS = 32, 2
@@ -283,12 +284,13 @@ def normed(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor
     return functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
 
 
-def original_block(state: State, i: int, x: Tensor, c: Tensor) -> Tensor:
+def original_block(state: State, c: Tensor, i: int, x: Tensor) -> Tensor:
     """A block of the original DiT, written out."""
     name = f"blocks.{i}"
     modulation = linear(state, f"{name}.adaLN_modulation.1", functional.silu(c))
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-    q, k, v = linear(state, f"{name}.attn.qkv", normed(x, shift1, scale1)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    qkv = linear(state, f"{name}.attn.qkv", normed(x, shift1, scale1))
+    q, k, v = torch.unflatten(qkv, -1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     x = x + gate1[:, None] * linear(state, f"{name}.attn.proj", y)
     # diffusers builds this norm with another epsilon than the original.
@@ -307,10 +309,12 @@ def test_diffusers_dit() -> None:
     c = c + state["y_embedder.embedding_table.weight"][inputs["class_labels"]]
     patches = functional.conv2d(inputs["hidden_states"], state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=2)
     x = patches.flatten(2).transpose(1, 2) + model.pos_embed.pos_embed
-    x = Units([lambda x, i=i: original_block(state, i, x, c) for i in range(6)], state)(x)
+    x = Units([functools.partial(original_block, state, c, i) for i in range(6)], state)(x)
     shift, scale = linear(state, "final_layer.adaLN_modulation.1", functional.silu(c)).chunk(2, dim=1)
     x = linear(state, "final_layer.linear", normed(x, shift, scale))
-    expected = torch.einsum("nhwpqc->nchpwq", x.unflatten(1, (4, 4)).unflatten(-1, (2, 2, 8))).flatten(4, 5).flatten(2, 3)
+    expected = (
+        torch.einsum("nhwpqc->nchpwq", torch.unflatten(torch.unflatten(x, 1, (4, 4)), -1, (2, 2, 8))).flatten(4, 5).flatten(2, 3)
+    )
     torch.testing.assert_close(output(model, DIT), expected, rtol=1e-4, atol=1e-4)
 
 
