@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -212,10 +213,15 @@ def test_every_step_full_changes_nothing() -> None:
     assert torch.equal(DEEP_DIT.output(model(**inputs)), expected)
 
 
-def test_the_first_step_stores_what_the_second_reuses() -> None:
-    """Also the early outputs that are taken in right behind the middle block, where the chain breaks."""
-    model = cachekit.wrap(UViT(), "N2-1000-50", segments="skip-1")
+@pytest.mark.parametrize(("segments", "runs", "held"), [("skip-1", 2, 2), ((0, DEPTH // 2), DEPTH // 2, DEPTH // 2)], ids=str)
+def test_the_first_step_stores_what_the_second_reuses(segments: Any, runs: int, held: int) -> None:
+    """Also the early outputs that are taken in right behind the middle block, where the chain breaks.
+
+    Only what blocks outside the segment take in is held, beside the end of each chain.
+    """
+    model = cachekit.wrap(UViT(), "N2-1000-50", segments=segments)
     with handle(model).session():
         for t in (900.0, 875.0):
             model(torch.randn(2, 7, 3), torch.tensor([t, t]))
-    assert [sum(record.recomputed) for record in stats(model).records] == [DEPTH, 2]
+        assert stats(model).bytes_held == held * 2 * 8 * 16 * 4
+    assert [sum(record.recomputed) for record in stats(model).records] == [DEPTH, runs]
