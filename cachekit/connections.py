@@ -113,14 +113,20 @@ def pass_on(
         # A checkpointed block runs again in the backward pass, when no call is open, with the very stream that it had.
         skip = long_skips.passed.find(stream)
     if skip is None:
-        where = "outside of a call of the model" if captured is None else f"before block {connection.early!r} was called"
-        raise ModelError(
-            f"block {connection.late!r} takes in a long skip connection from {connection.early!r}, and was called {where}; "
-            "call the model itself, give pairs= in the order of its calls, and checkpoint with use_reentrant=False"
-        )
+        raise ModelError(_missing(connection, captured is not None))
     if captured is not None and stream is not None and stream.requires_grad and torch.is_grad_enabled():
         long_skips.passed.note(stream, skip)
     return args, {**kwargs, ARGUMENT: skip}
+
+
+def _missing(connection: Connection, called: bool) -> str:
+    what = f"block {connection.late!r} takes in a long skip connection from {connection.early!r}"
+    if not called:
+        return f"{what}, and was called outside of a call of the model; call that, and checkpoint with use_reentrant=False"
+    return (
+        f"{what}, and was called before block {connection.early!r} was called; give pairs= in the order of the model's calls, and "
+        "where blocks are compiled, segments= that reuse both or neither"
+    )
 
 
 def fuse(
