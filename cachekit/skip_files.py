@@ -54,7 +54,7 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
         ModelError: it belongs to another model; nothing is changed then.
         ConfigError: a file or state dict that holds no long skip connections, or others than the model's.
     """
-    from cachekit.adapters.skip_dit import read_released
+    from cachekit.adapters import read_released
 
     state, metadata = read_source(source)
     released = read_released(state)
@@ -95,7 +95,7 @@ def _load(model: M, own: dict[str, Tensor], fusion: str, pairs: Pairs, adapter: 
 
 
 def _load_released(model: M, base: dict[str, Tensor], fusions: list[dict[str, Tensor]], adapter: Adapter) -> M:
-    from cachekit.adapters.skip_dit import released_pair
+    from cachekit.adapters import released_pair
 
     units = len(stack_units(model, adapter))
     if len(fusions) != units // 2:
