@@ -3,8 +3,9 @@
 from cachekit import policies
 from cachekit.adapter import Adapter
 from cachekit.anatomy import graph
-from cachekit.check import Finding, Report, check
+from cachekit.check import check
 from cachekit.errors import CachekitError, ConfigError, ModelError
+from cachekit.findings import Finding, Report
 from cachekit.graph import Cost, Graph, Visit
 from cachekit.long_skips import add_long_skips, remove_long_skips
 from cachekit.policy import Policy, Preset, Step

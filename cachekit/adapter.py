@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from importlib.metadata import entry_points
@@ -73,13 +74,20 @@ class Adapter(BaseModel):
 
 
 def installed_adapters() -> list[Adapter]:
-    """The adapters of other packages (entry points ``cachekit.adapters``), then those that come with cachekit."""
+    """The adapters of other packages (entry points ``cachekit.adapters``), then those that come with cachekit.
+
+    A package that can't be loaded is warned of and left out: it must not break models that have nothing to do with it.
+    """
     from cachekit.adapters import ADAPTERS
 
     theirs: list[Adapter] = []
     for entry in entry_points(group="cachekit.adapters"):
-        loaded = entry.load()
-        theirs.extend([loaded] if isinstance(loaded, Adapter) else loaded)
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            warnings.warn(f"adapter {entry.name!r} of another package can't be loaded from {entry.value}: {error}", stacklevel=3)
+        else:
+            theirs.extend([loaded] if isinstance(loaded, Adapter) else loaded)
     return [*theirs, *ADAPTERS]
 
 

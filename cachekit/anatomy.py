@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,17 @@ def _record(recorder: _Recorder, path: str, block: nn.Module, original: Callable
     return recorder.visit(path, block, original, args, kwargs)
 
 
+@contextmanager
+def blocks_patched(model: nn.Module, adapter: Adapter, function: Callable[..., Any], shared: Any) -> Iterator[None]:
+    """Every candidate block's calls go to ``function(shared, path, block, original, *args, **kwargs)``."""
+    patches = [Patch(block, "forward", function, shared, path, block) for path, block in find_blocks(model, adapter).items()]
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.remove()
+
+
 def graph(model: nn.Module, *inputs: Any, adapter: Adapter | str | None = None, **kwargs: Any) -> Graph:
     """Run a model once and return the graph of its blocks.
 
@@ -68,17 +79,13 @@ def graph(model: nn.Module, *inputs: Any, adapter: Adapter | str | None = None, 
         raise ModelError(f"{type(model).__name__} is no torch.nn.Module; give the transformer itself, for example pipe.transformer")
     facts = adapter_for(model, adapter)
     recorder = _Recorder(facts)
-    patches = [Patch(block, "forward", _record, recorder, path, block) for path, block in find_blocks(model, facts).items()]
     handle = model.__dict__.get("cachekit")
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if handle is not None:
-                stack.enter_context(handle.disabled())
-            model(*inputs, **kwargs)
-    finally:
-        for patch in reversed(patches):
-            patch.remove()
+    with ExitStack() as stack:
+        stack.enter_context(blocks_patched(model, facts, _record, recorder))
+        stack.enter_context(torch.no_grad())
+        if handle is not None:
+            stack.enter_context(handle.disabled())
+        model(*inputs, **kwargs)
     found = recorder.watch.graph()
     if not found.visits:
         raise ModelError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -18,11 +17,11 @@ from cachekit.tree import Path
 class Decisions:
     """Asks lazily, so that a policy can see what the blocks before its segment showed in this very call."""
 
-    def __init__(self, branch: Branch, sites: tuple[Site, ...], step: Step, synchronised: Callable[[], None]) -> None:
+    def __init__(self, branch: Branch, sites: tuple[Site, ...], step: Step) -> None:
         self.branch, self.sites, self.step = branch, sites, step
+        self.waits = 0
         self.made: dict[int, bool] = {}
         self.residuals: dict[int, Tensor] = {}
-        self._synchronised = synchronised
 
     def recompute(self, k: int) -> bool:
         """Whether segment k is computed in this call. Nothing stored forces it, whatever the policy says."""
@@ -39,8 +38,7 @@ class Decisions:
         if then is None or now is None or then.shape != now.shape:
             return float("inf")
         change = (now - then).abs().mean() / then.abs().mean()
-        if change.device.type != "cpu":
-            self._synchronised()
+        self.waits += change.device.type != "cpu"
         return float(change)
 
     def close(self) -> None:

@@ -14,14 +14,13 @@ import torch
 from torch import nn
 
 from cachekit.adapter import Adapter
-from cachekit.blocks import find_blocks
 from cachekit.call import GraphChanged, KnownCall, Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ModelError
 from cachekit.inputs import Inputs, Reader
-from cachekit.patch import Patch
+from cachekit.interceptors import WHOLE, Interceptors
 from cachekit.segments import Site
-from cachekit.session import Branch, Generation, Lane, Name, step_of
+from cachekit.session import Generation, Lane, Name, Placed, step_of
 from cachekit.stats import Record, Stats
 from cachekit.tree import tensors
 from cachekit.watched import WatchedCall
@@ -31,9 +30,10 @@ NO_GRAD = "cachekit computes every step in full while gradients are recorded; sa
 
 
 class _Local(threading.local):
-    """The call that is under way in this thread (a model call never awaits, so that tasks need no call of their own)."""
+    """What is under way in this thread (a model call never awaits, so that tasks need no call of their own)."""
 
     call: PlainCall | None = None
+    block: str | None = None
 
 
 class Engine:
@@ -42,14 +42,14 @@ class Engine:
     def __init__(self, model: nn.Module, sites: tuple[Site, ...], adapter: Adapter) -> None:
         self.model, self.sites, self.adapter = model, sites, adapter
         self.stats = Stats()
-        self.patches: list[Patch] = []
-        self.kinds: dict[str, str] = {}
+        self.interceptors = Interceptors()
         self.removed = False
         self.reader = Reader(model.forward, adapter)
         self._fresh()
 
     def _fresh(self) -> None:
         self._local = _Local()
+        # Over the statistics, the lanes and the interceptors, which threads share.
         self._lock = threading.Lock()
         self._lanes: weakref.WeakKeyDictionary[Any, Lane] = weakref.WeakKeyDictionary()
 
@@ -74,8 +74,8 @@ class Engine:
         """Forget every generation, in whatever lane."""
         with self._lock:
             for lane in self._lanes.values():
-                lane.generation = None
-        self.stats.hold(0)
+                lane.generation, lane.nbytes = None, 0
+            self.stats.hold(0)
 
     @contextmanager
     def named(self, name: Name) -> Iterator[None]:
@@ -96,7 +96,7 @@ class Engine:
             yield
         finally:
             lane.generation = outer
-            self._count_bytes()
+            self._count_bytes(lane)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -109,28 +109,16 @@ class Engine:
             lane.disabled -= 1
 
     def attach(self) -> None:
-        """Put interceptors on the model and its blocks, also on those that came since, or were compiled since."""
-        patched = {(id(patch.module), patch.name) for patch in self.patches}
-        targets: list[tuple[nn.Module, str, tuple[Any, ...]]] = [(self.model, "forward", (self,))]
-        if callable(getattr(self.model, "cache_context", None)):
-            targets.append((self.model, "cache_context", (self,)))
-        for path, block in find_blocks(self.model, self.adapter).items():
-            self.kinds[path] = type(block).__name__
-            targets.append((block, "forward", (self, path)))
-        for module, name, bound in list(targets):
-            # A compiled module is entered here; its forward would be traced, and the decision with it.
-            if name == "forward" and getattr(module, "_compiled_call_impl", None) is not None:
-                targets.append((module, "_compiled_call_impl", bound))
-        functions = {"cache_context": intercept_context}
-        for module, name, bound in targets:
-            if (id(module), name) not in patched:
-                function = functions.get(name, intercept_block if len(bound) == 2 else intercept_model)
-                self.patches.append(Patch(module, name, function, *bound))
+        """Put interceptors wherever they belong and are not; none any more once the model is unwrapped."""
+        with self._lock:
+            if not self.removed:
+                self.interceptors.attach(self, self.adapter)
 
     def detach(self) -> None:
-        """Take the interceptors out again. One that lies under somebody else's hook stays, and does nothing."""
-        self.removed = True
-        self.patches = [patch for patch in reversed(self.patches) if not patch.remove()]
+        """Take the interceptors out again, while other threads may be in the middle of a call."""
+        with self._lock:
+            self.removed = True
+            self.interceptors.detach()
         self.reset()
 
     def lift(self) -> None:
@@ -139,17 +127,35 @@ class Engine:
         Raises:
             ModelError: somebody else's hook lies on one of them; all are back in place then.
         """
-        self.patches = [patch for patch in reversed(self.patches) if not patch.remove()]
+        with self._lock:
+            self.interceptors.detach()
+            stuck = [patch.module for patch in self.interceptors.patches]
         self.reset()
-        if self.patches:
-            path = next((path for path, module in self.model.named_modules() if module is self.patches[0].module), "")
+        if stuck:
+            path = next((path for path, module in self.model.named_modules() if module is stuck[0]), "")
             self.attach()
             raise ModelError(f"another library's hook lies on the cache at {path or 'the model'!r}; cachekit.unwrap(model) first")
 
+    def note(self, sentence: str) -> None:
+        """Add a sentence to the statistics."""
+        self.stats.notes.add(sentence)
+
+    def traced(self) -> None:
+        """The model is being compiled whole. Unless its compiled code is what a step runs, nothing will come by here."""
+        if self._local.call is None:
+            self.note(WHOLE)
+
     def block(self, path: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block is called."""
-        call = self._local.call
-        return original(*args, **kwargs) if call is None else call.visit(path, original, args, kwargs)
+        local = self._local
+        # A hook that hides what it lies on makes attach() put a second interceptor over it: the first one then has no say.
+        if local.call is None or local.block == path:
+            return original(*args, **kwargs)
+        local.block = path
+        try:
+            return local.call.visit(path, original, args, kwargs)
+        finally:
+            local.block = None
 
     def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model is called."""
@@ -157,46 +163,43 @@ class Engine:
         if self.removed or lane.disabled or self._local.call is not None:
             return original(*args, **kwargs)
         inputs = self.reader.read(args, kwargs)
-        self.stats.synchronisations += inputs.synchronised
         reason = self._not_cached(inputs, args, kwargs)
         if reason is not None:
             return self._plain(reason, lane, inputs, original, args, kwargs)
         waits = lane.comparer.waits
         placed = lane.place(inputs, self.adapter.range is not None)
-        self.stats.synchronisations += lane.comparer.waits - waits
-        if placed.doubt:
-            self.stats.dropped[placed.doubt] += 1
-        if placed.new_generation:
-            self.stats.generations += 1
-            self.stats.records = []
+        with self._lock:
+            self.stats.begin(placed.new_generation, placed.doubt, inputs.synchronised + lane.comparer.waits - waits)
         try:
-            return self._cached(lane, placed.branch, original, args, kwargs)
+            return self._cached(lane, placed, original, args, kwargs)
         except BaseException:
             lane.generation = self._emptied(lane.generation)
-            self._count_bytes()
+            self._count_bytes(lane)
             raise
 
     @staticmethod
     def _emptied(generation: Generation | None) -> Generation | None:
         return Generation(generation.steps, True) if generation is not None and generation.explicit else None
 
-    def _cached(self, lane: Lane, branch: Branch, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        generation = lane.generation or Generation()
+    def _cached(self, lane: Lane, placed: Placed, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        branch, generation = placed.branch, lane.generation or Generation()
         if not branch.states:
             branch.states = [site.policy.init() for site in self.sites]
             self._note_needs(generation)
         step = step_of(branch, generation, self.adapter.range)
-        decisions = Decisions(branch, self.sites, step, self._synchronised)
+        decisions = Decisions(branch, self.sites, step)
         try:
-            call, result = self._run(decisions, original, args, kwargs)
+            ran, result = self._run(decisions, original, args, kwargs)
         except GraphChanged as change:
-            self.stats.dropped[str(change)] += 1
+            with self._lock:
+                self.stats.dropped[str(change)] += 1
             branch.drop()
-            decisions = Decisions(branch, self.sites, step, self._synchronised)
-            call, result = self._run(decisions, original, args, kwargs)
+            decisions = Decisions(branch, self.sites, step)
+            ran, result = self._run(decisions, original, args, kwargs)
         decisions.close()
-        self.stats.count(Record(branch.i, branch.t, branch.name.text, call))
-        self._count_bytes()
+        with self._lock:
+            self.stats.count(Record(branch.i, branch.t, branch.name.text, ran), decisions.waits)
+        self._count_bytes(lane)
         return result
 
     def _run(
@@ -207,25 +210,30 @@ class Engine:
         whole = [k for k, site in enumerate(self.sites) if site.segment.is_model]
         if branch.graph is not None and whole and not decisions.recompute(whole[0]):
             return (False,) * len(branch.graph.visits), whole_prediction(decisions, whole[0])
-        if branch.graph is None or branch.layout is None:
-            self.attach()
-            call: PlainCall = WatchedCall(decisions, self.adapter, self.kinds)
+        if branch.graph is not None and branch.layout is not None:
+            call: PlainCall = KnownCall(branch.graph, branch.layout, decisions)
         else:
-            call = KnownCall(branch.graph, branch.layout, decisions)
+            self.attach()
+            call = WatchedCall(decisions, self.adapter, self.interceptors.kinds)
         sample = branch.inputs.sample
         entry = sample.detach().clone() if sample is not None and any(self.sites[k].reuse.beta for k in whole) else None
         result = self._under(call, original, args, kwargs)
-        if isinstance(call, WatchedCall):
-            call.close()
-            if not call.recomputed and len(whole) < len(self.sites):
-                self.stats.notes.add(
-                    "no block was seen running: compile the blocks (block.compile()), not the whole model; or use segments='model'"
-                )
-        elif isinstance(call, KnownCall):
+        if isinstance(call, KnownCall):
             call.finish()
+        elif isinstance(call, WatchedCall) and not self.removed:
+            self._close(call)
         for k in whole:
             store_prediction(decisions, k, result, entry)
         return tuple(call.recomputed), result
+
+    def _close(self, call: WatchedCall) -> None:
+        """Note what the first call of a branch shows of the model."""
+        call.close()
+        if not call.recomputed and not all(site.segment.is_model for site in self.sites):
+            self.note(WHOLE)
+        branch = call.decisions.branch
+        if branch.graph is not None and branch.layout is not None:
+            self.stats.notes.update(branch.layout.notes(branch.graph, self.sites))
 
     def _under(self, call: PlainCall, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._local.call = call
@@ -239,12 +247,13 @@ class Engine:
     ) -> Any:
         """Run one call in full, count it, and leave nothing that a later step could take for its predecessor's."""
         lane.generation = self._emptied(lane.generation)
-        self._count_bytes()
-        self.stats.uncached[reason] += 1
+        self._count_bytes(lane)
         call = PlainCall()
         result = self._under(call, original, args, kwargs)
         t = float("nan") if inputs.t is None else inputs.t
-        self.stats.count(Record(0, t, lane.name.text, tuple(call.recomputed)))
+        with self._lock:
+            self.stats.uncached[reason] += 1
+            self.stats.count(Record(0, t, lane.name.text, tuple(call.recomputed)), inputs.synchronised)
         return result
 
     def _not_cached(self, inputs: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -261,35 +270,11 @@ class Engine:
         known["end"] = known["steps"] or self.adapter.range is not None
         for need in {need for site in self.sites for need in site.policy.required() if not known.get(need, True)}:
             what = "the number of steps is not" if need == "steps" else "neither the number of steps nor the timesteps' range is"
-            self.stats.notes.add(
-                f"the guard of the last steps was off: {what} known; sample within model.cachekit.session(steps=...)"
-            )
+            self.note(f"the guard of the last steps was off: {what} known; sample within model.cachekit.session(steps=...)")
 
-    def _synchronised(self) -> None:
-        self.stats.synchronisations += 1
-
-    def _count_bytes(self) -> None:
+    def _count_bytes(self, lane: Lane) -> None:
+        generation = lane.generation
+        lane.nbytes = 0 if generation is None else sum(branch.nbytes for branch in generation.branches)
         with self._lock:
-            generations = [lane.generation for lane in self._lanes.values() if lane.generation is not None]
-        self.stats.hold(sum(branch.nbytes for generation in generations for branch in generation.branches))
-
-
-def intercept_model(engine: Engine, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Stands in the place of a wrapped model's forward."""
-    if torch.compiler.is_compiling():
-        return original(*args, **kwargs)
-    return engine.step(original, args, kwargs)
-
-
-def intercept_block(engine: Engine, path: str, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Stands in the place of a block's forward, or before its compiled code."""
-    if torch.compiler.is_compiling():
-        return original(*args, **kwargs)
-    return engine.block(path, original, args, kwargs)
-
-
-@contextmanager
-def intercept_context(engine: Engine, original: Original, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Stands in the place of a model's ``cache_context(name)``, with which pipelines name the branch."""
-    with engine.named(Name(name)), original(name, *args, **kwargs):
-        yield
+            # Each lane's own thread sums up its stores, which it alone changes.
+            self.stats.hold(sum(other.nbytes for other in self._lanes.values()))

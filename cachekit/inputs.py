@@ -55,9 +55,15 @@ class Reader:
         named = {self.positional[k] if k < len(self.positional) else str(k): value for k, value in enumerate(args)}
         named.update(kwargs)
         name = self.timestep or next((known for known in TIMESTEP_NAMES if known in named), None)
-        if name is None or named.get(name) is None:
+        if name is None:
             raise ModelError(
                 f"no timestep among the arguments {sorted(named)}; say which one it is: adapter=cachekit.Adapter(timestep='...')"
+            )
+        if named.get(name) is None:
+            found = "is None" if name in named else f"is not among {sorted(named)}"
+            raise ModelError(
+                f"the timestep argument {name!r} {found}; pass it in every call, or name another one: "
+                "adapter=cachekit.Adapter(timestep='...')"
             )
         t, synchronised = read_time(named.pop(name))
         sample, conditioning, key = self._conditioning(named)

@@ -9,9 +9,9 @@ from torch import nn
 
 from cachekit.adapter import Adapter, adapter_for
 from cachekit.connections import Connection, LongSkips
-from cachekit.engine import intercept_block
 from cachekit.errors import ConfigError, ModelError
 from cachekit.fusions import Factory, fusion_name, make_fusion, placed_as, seeded
+from cachekit.interceptors import owner_of
 from cachekit.pairs import checked_pairs, default_pairs, stack_units, width_of
 from cachekit.wrap import beneath
 
@@ -129,5 +129,5 @@ def _check_model(model: Any) -> None:
 
 def _check_patches(model: nn.Module, connections: Iterable[Connection]) -> None:
     for late in (model.get_submodule(connection.late) for connection in connections):
-        if getattr(late.__dict__.get("forward"), "func", None) is intercept_block:
+        if owner_of(late) is not None:
             raise ModelError("the model is wrapped as a part of another module; cachekit.unwrap that one first")

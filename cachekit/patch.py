@@ -29,6 +29,14 @@ class Patch:
         """Whether nobody has put something else over the patch since."""
         return self.module.__dict__.get(self.name) is self.replacement
 
+    @property
+    def in_place(self) -> bool:
+        """Whether calls still come by: nothing lies over the patch but what says (``__wrapped__``) that it wraps it."""
+        found = self.module.__dict__.get(self.name)
+        while found is not None and found is not self.replacement:
+            found = getattr(found, "__wrapped__", None)
+        return found is not None
+
     def remove(self) -> bool:
         """Restore the instance; False where another patch lies on top, and this one must stay beneath it."""
         if not self.on_top:

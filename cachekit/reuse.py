@@ -146,7 +146,7 @@ def parse_reuse(reuse: Any) -> Reuse:
             return Forecast(
                 order=int(match["order"]), beta=1.0 if match["residual"] else 0.0, axis="grid" if match["grid"] else "t"
             )
-    elif isinstance(reuse, Reuse):
+    elif isinstance(reuse, Reuse) and not isinstance(reuse, type):
         return reuse
     raise ConfigError(
         f"unknown reuse {reuse!r}; write 'output', 'residual', 'taylor-K', 'residual-taylor-K' (K = 1, 2, ...), "

@@ -38,10 +38,10 @@ class Segment:
 
 
 def parse_segments(segments: Any) -> tuple[Segment, ...]:
-    """``None``/``"middle"``, ``"all"``, ``"skip-K"``, ``"model"``, (start, stop), a ``Segment``, or a list of the last two.
+    """``None``/``"middle"``, ``"all"``, ``"skip-K"``, ``"model"``, (start, stop), a ``Segment``, or a list of these.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: anything else, or a range that no stack can have blocks in.
     """
     if segments is None or segments == "middle":
         return (Segment(1, -1),)
@@ -53,14 +53,14 @@ def parse_segments(segments: Any) -> tuple[Segment, ...]:
         k = int(match[1])
         return (Segment(k, -k if k else None),)
     if isinstance(segments, Segment):
-        return (segments,)
+        return (_checked(segments),)
     if isinstance(segments, range | slice):
         if segments.step not in (None, 1):
             raise ConfigError(f"segments={segments!r}: a segment is contiguous; leave the step out, or give several segments")
-        return (Segment(segments.start, segments.stop),)
+        return (_checked(Segment(segments.start, segments.stop)),)
     if _is_pair(segments):
-        return (Segment(*segments),)
-    if isinstance(segments, list | tuple) and segments:
+        return (_checked(Segment(*segments)),)
+    if isinstance(segments, list | tuple) and segments and not any(isinstance(item, int | float) for item in segments):
         return tuple(found for item in segments for found in parse_segments(item))
     raise ConfigError(
         f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'model', (start, stop), "
@@ -68,9 +68,26 @@ def parse_segments(segments: Any) -> tuple[Segment, ...]:
     )
 
 
+def _is_end(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
 def _is_pair(value: Any) -> bool:
-    ends = isinstance(value, tuple) and len(value) == 2
-    return ends and all(item is None or (isinstance(item, int) and not isinstance(item, bool)) for item in value)
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_end(item) for item in value)
+
+
+def _checked(segment: Segment) -> Segment:
+    if segment.is_model and segment.stop is None:
+        return segment
+    start, stop = segment.start, segment.stop
+    if not _is_end(start) or not _is_end(stop):
+        raise ConfigError(
+            f"Segment({start!r}, {stop!r}): start and stop are block numbers or None, or start alone is 'model'; "
+            "'middle', 'all' and 'skip-K' go into segments= as they are"
+        )
+    if isinstance(start, int) and isinstance(stop, int) and (start < 0) == (stop < 0) and start >= stop:
+        raise ConfigError(f"segment ({start}, {stop}) covers no block; stop is the first block behind it, as in a Python slice")
+    return segment
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,14 @@ class Layout:
     actions: tuple[Action | None, ...]
     firsts: tuple[int | None, ...]
 
+    def notes(self, graph: Graph, sites: tuple[Site, ...]) -> set[str]:
+        """A sentence for each segment that covers no block of this graph."""
+        return {
+            f"segment ({site.segment.start}, {site.segment.stop}) covers none of this stack's {len(graph.blocks)} blocks: all run"
+            for site, first in zip(sites, self.firsts, strict=True)
+            if first is None and not site.segment.is_model and graph.blocks
+        }
+
 
 def bounds(segment: Segment, units: int) -> range:
     """The units that a segment covers, of so many."""
@@ -140,7 +165,9 @@ def lay_out(graph: Graph, sites: tuple[Site, ...], unit: int) -> Layout:
 
 def _check_range(segment: Segment, units: int) -> None:
     ends = [end for end in (segment.start, segment.stop) if isinstance(end, int)]
-    if any(end > units or end < -units for end in ends) and not (segment.start, segment.stop) == (1, -1):
+    # "All but so many at each end" may well leave nothing of a short stack; that is noted, and everything runs.
+    both_ends = len(ends) == 2 and ends[0] >= 0 > ends[1]
+    if any(end > units or end < -units for end in ends) and not both_ends:
         raise ConfigError(f"segment ({segment.start}, {segment.stop}) lies outside this stack of {units} blocks")
 
 

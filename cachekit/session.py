@@ -120,6 +120,7 @@ class Lane:
         self.generation: Generation | None = None
         self.names: list[Name] = []
         self.disabled = 0
+        self.nbytes = 0
         self.comparer = Comparer()
 
     @property
@@ -139,6 +140,10 @@ class Lane:
             generation.rising = upwards and bool(fitting) and self._doubt(fitting[0], inputs) is None
         if t != generation.t and not generation.ahead(generation.t, t):
             return self._begin(inputs, generation)
+        # First: branches of one generation share their samples, so that a second evaluation of one that is here already can't be
+        # the first one of another that fits as well but has stayed behind (the twin that an aborted run left).
+        if (placed := self._same_time(generation, fitting, inputs)) is not None:
+            return placed
         doubt = None
         for branch in fitting:
             if generation.ahead(branch.t, t):
@@ -147,8 +152,6 @@ class Lane:
                     return self._continue(branch, inputs)
                 if doubt == AGAIN:
                     return Placed(self._begin(inputs, None).branch, True, doubt)
-        if doubt is None and (placed := self._same_time(generation, fitting, inputs)) is not None:
-            return placed
         return Placed(self._branch(generation, inputs), False, doubt)
 
     def _same_time(self, generation: Generation, fitting: Sequence[Branch], inputs: Inputs) -> Placed | None:

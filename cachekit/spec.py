@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,11 +18,24 @@ _LEAF = re.compile(rf"(?P<name>[A-Za-z][A-Za-z0-9-]*?)-?(?P<numbers>{_NUMBER}(?:
 _TOKEN = re.compile(r"\s*([|&()]|[^|&()\s]+)")
 
 
-def known_policies() -> dict[str, Callable[..., Any]]:
-    """Name in a spec string -> what makes the policy: cachekit's own, and those of entry points ``cachekit.policies``."""
+def known_policies() -> dict[str, Callable[..., Any] | EntryPoint]:
+    """Name in a spec string -> what makes the policy: cachekit's own, and those of entry points ``cachekit.policies``.
+
+    Entry points are loaded when they are asked for by name, so that a broken package breaks nothing else.
+    """
     from cachekit.policies import POLICIES
 
-    return {**POLICIES, **{entry.name: entry.load() for entry in entry_points(group="cachekit.policies")}}
+    return {**POLICIES, **{entry.name: entry for entry in entry_points(group="cachekit.policies")}}
+
+
+def _load(name: str, found: Callable[..., Any] | EntryPoint) -> Callable[..., Any]:
+    if not isinstance(found, EntryPoint):
+        return found
+    try:
+        maker: Callable[..., Any] = found.load()
+    except Exception as error:
+        raise ConfigError(f"policy {name!r} of another package can't be loaded from {found.value}: {error}; mend it") from error
+    return maker
 
 
 def parse_policy(policy: Any) -> Preset:
@@ -50,7 +63,7 @@ def parse_policy(policy: Any) -> Preset:
 class _Parser:
     """Recursive descent over ``either := both ('|' both)*``, ``both := leaf ('&' leaf)*``."""
 
-    def __init__(self, tokens: list[str], text: str, known: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, tokens: list[str], text: str, known: Mapping[str, Callable[..., Any] | EntryPoint]) -> None:
         self.tokens, self.text, self.known = tokens, text, known
 
     def _take(self, token: str) -> bool:
@@ -82,7 +95,7 @@ class _Parser:
         return make(self.tokens.pop(0), self.known)
 
 
-def make(leaf: str, known: Mapping[str, Callable[..., Any]]) -> Any:
+def make(leaf: str, known: Mapping[str, Callable[..., Any] | EntryPoint]) -> Any:
     """One policy from its spec, such as ``"every-2"``.
 
     Raises:
@@ -90,9 +103,9 @@ def make(leaf: str, known: Mapping[str, Callable[..., Any]]) -> Any:
     """
     match = _LEAF.fullmatch(leaf)
     if match is None or match["name"] not in known:
-        listed = ", ".join(sorted(_usage(name, maker) for name, maker in known.items()))
+        listed = ", ".join(sorted(_usage(name, found) for name, found in known.items()))
         raise ConfigError(f"unknown policy {leaf!r}; known: {listed}; join them with | or &")
-    maker = known[match["name"]]
+    maker = _load(match["name"], known[match["name"]])
     numbers = re.findall(_NUMBER, match["numbers"] or "")
     try:
         return maker(*(float(number) if "." in number or "e" in number else int(number) for number in numbers))
@@ -100,6 +113,9 @@ def make(leaf: str, known: Mapping[str, Callable[..., Any]]) -> Any:
         raise ConfigError(f"{leaf!r} does not fit {_usage(match['name'], maker)}: {error}") from error
 
 
-def _usage(name: str, maker: Callable[..., Any]) -> str:
-    names = [parameter.upper() for parameter in inspect.signature(maker).parameters]
+def _usage(name: str, found: Callable[..., Any] | EntryPoint) -> str:
+    try:
+        names = [parameter.upper() for parameter in inspect.signature(_load(name, found)).parameters]
+    except ConfigError:
+        return f"{name} (can't be loaded)"
     return "-".join([name, *names]) if name != "N" else f"N{'-'.join(names)}"

@@ -44,8 +44,18 @@ class Stats:
     notes: set[str] = field(default_factory=set)
     records: list[Record] = field(default_factory=list)
 
-    def count(self, record: Record) -> None:
-        """Add one model call."""
+    def begin(self, new_generation: bool, doubt: str | None, waits: int) -> None:
+        """A model call has found its place, after so many device synchronisations."""
+        self.synchronisations += waits
+        if doubt:
+            self.dropped[doubt] += 1
+        if new_generation:
+            self.generations += 1
+            self.records = []
+
+    def count(self, record: Record, waits: int) -> None:
+        """Add one model call, with the device synchronisations in it."""
+        self.synchronisations += waits
         self.steps += 1
         self.blocks_run += sum(record.recomputed)
         self.blocks_total += len(record.recomputed)

@@ -18,15 +18,21 @@ def store_prediction(decisions: Decisions, k: int, result: Any, sample: Tensor |
     """Keep a model's result; with a residual, less its share of the sample.
 
     Raises:
-        ConfigError: a residual is asked for, and the prediction has another shape than the sample.
+        ConfigError: a residual is asked for, and there is no sample, or the prediction has another shape.
     """
+    beta = decisions.sites[k].reuse.beta
+    if beta and sample is None:
+        raise ConfigError(
+            "a residual of the whole prediction is what it differs from the sample by, and this model takes none beside its "
+            "timestep; use reuse='output' or 'taylor-K', or another segment"
+        )
     for path, tensor in tensors(result):
         if sample is not None and signature(sample) != signature(tensor):
             raise ConfigError(
                 f"a residual of the whole prediction needs one of the sample's shape {tuple(sample.shape)}, "
                 f"and this model's is {tuple(tensor.shape)}; use reuse='output' or 'taylor-K', or another segment"
             )
-        decisions.keep(k, VISIT, path, tensor, sample if decisions.sites[k].reuse.beta else None)
+        decisions.keep(k, VISIT, path, tensor, sample if beta else None)
     decisions.branch.structure = without_tensors(result)
     decisions.branch.ready.add(k)
     decisions.made[k] = True

@@ -11,6 +11,7 @@ from torch import nn
 from cachekit.adapter import Adapter, adapter_for
 from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
+from cachekit.interceptors import owner_of
 from cachekit.policy import NO_PROBE, Preset
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, parse_segments
@@ -58,8 +59,8 @@ class Handle:
             if steps is not None and steps != len(timesteps):
                 raise ConfigError(f"steps={steps}, but there are {len(timesteps)} timesteps; give one of them")
             steps = len(timesteps)
-        if steps is not None and steps < 1:
-            raise ConfigError(f"steps={steps}: a generation has at least one step")
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ConfigError(f"steps={steps!r}: give the number of model calls of one branch, a whole number of at least one step")
         return self._engine.within(Generation(steps, explicit=True))
 
     def branch(self, name: str) -> AbstractContextManager[None]:
@@ -105,9 +106,7 @@ def wrap(
     sites = _sites(parse_policy(policy), segments, reuse)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{type(model).__name__} is no torch.nn.Module; wrap the transformer itself, for example pipe.transformer")
-    for name, module in model.named_modules():
-        if name and "cachekit" in module.__dict__:
-            raise ModelError(f"its module {name!r} is wrapped already; cachekit.unwrap that one first, or wrap only one of the two")
+    _refuse_nesting(model)
     unwrap(model)
     engine = Engine(model, sites, adapter_for(model, adapter))
     engine.attach()
@@ -140,6 +139,18 @@ def beneath(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle._engine.attach()
+
+
+def _refuse_nesting(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if name and "cachekit" in module.__dict__:
+            raise ModelError(f"its module {name!r} is wrapped already; cachekit.unwrap that one first, or wrap only one of the two")
+        owner = owner_of(module)
+        if owner is not None and owner.model is not model:
+            raise ModelError(
+                f"{f'its module {name!r}' if name else 'it'} lies in a {type(owner.model).__name__} that is wrapped already; "
+                "cachekit.unwrap that one first, or wrap only one of the two"
+            )
 
 
 def _sites(preset: Preset, segments: Any, reuse: Any) -> tuple[Site, ...]:

@@ -1,4 +1,4 @@
-"""Generations in several threads on one wrapped model: each equals the same one run alone, and what it held goes with its thread."""
+"""Generations in several threads on one wrapped model: each equals the same run alone, and what it held goes with its thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -86,7 +86,8 @@ def test_an_exception_in_one_thread_is_its_own(case: Case, drawn: list[Run], ord
 
     for block in blocks_of(model):
         block.register_forward_pre_hook(count_down)
-    found = turns.run([failing, *(partial(_paused, turns, case, model, run) for run in drawn[1:])])
+    jobs: list[Callable[[], list[Tensor]]] = [failing, *(partial(_paused, turns, case, model, run) for run in drawn[1:])]
+    found = turns.run(jobs)
     for run, ours in zip(drawn[1:], found[1:], strict=True):
         assert equal(ours, case.run(case.wrap(), run))
 
@@ -107,7 +108,8 @@ def test_what_one_thread_enters_is_its_own(case: Case, drawn: list[Run], order: 
             _paused(turns, case, model, run)
         return []
 
-    found = turns.run([other, *(partial(_paused, turns, case, model, run) for run in drawn[1:])])
+    jobs: list[Callable[[], list[Tensor]]] = [other, *(partial(_paused, turns, case, model, run) for run in drawn[1:])]
+    found = turns.run(jobs)
     for run, ours in zip(drawn[1:], found[1:], strict=True):
         assert equal(ours, case.run(case.wrap(), run))
 
@@ -144,7 +146,9 @@ def test_unwrapped_while_others_sample(case: Case, drawn: list[Run], order: list
         cachekit.unwrap(model)
         return []
 
-    turns.run([remove, *(partial(_paused, turns, replace(case, explicit=False), model, run) for run in drawn)])
+    implicit = replace(case, explicit=False)
+    jobs: list[Callable[[], list[Tensor]]] = [remove, *(partial(_paused, turns, implicit, model, run) for run in drawn)]
+    turns.run(jobs)
     assert identical(before, snapshot(model))
     assert equal(drawn[0].outputs(model), drawn[0].outputs(case.build()))
 

@@ -22,9 +22,14 @@ from tqdm import tqdm
 
 from cachekit.demo.fashion import new_model
 
+# The shortest wave of the timestep embedding that the model may use, in timesteps. Shorter ones start as noise that training
+# does not remove: with all of them, predictions on fine schedules differed from step to step by one to three per cent that no
+# finer schedule made smaller, while the images predicted from changed smoothly.
+SHORTEST_WAVE = 400.0
+
 
 def initialise(model: nn.Module) -> None:
-    """DiT's own initialisation, but for the two that halve the steps needed: see the comments."""
+    """DiT's own initialisation, but for three things that make it learn faster or smoother: see the comments."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -36,6 +41,18 @@ def initialise(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name.endswith("norm1.linear") or name in ("proj_out_1", "proj_out_2"):
             nn.init.zeros_(module.weight)
+        elif name.endswith("timestep_embedder.linear_1"):
+            leave_out_short_waves(module.weight)
+
+
+def leave_out_short_waves(weight: nn.Parameter) -> None:
+    """Keep the columns of short waves at zero, for good: their gradients are too, and there is no other force on them."""
+    half = weight.shape[1] // 2
+    waves = 2 * math.pi * 10_000 ** (torch.arange(half) / (half - 1))  # diffusers' Timesteps: cosines, then sines
+    kept = (waves >= SHORTEST_WAVE).float().repeat(2)
+    with torch.no_grad():
+        weight.mul_(kept)
+    weight.register_hook(lambda gradient: gradient * kept)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 300) -> float:

@@ -1,0 +1,110 @@
+"""The interceptors on a model and its blocks: put on, kept on, and taken out again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from cachekit.adapter import Adapter
+from cachekit.blocks import find_blocks
+from cachekit.patch import Patch
+from cachekit.session import Name
+
+Original = Callable[..., Any]
+
+COMPILED = "_compiled_call_impl"
+WHOLE = "no block was seen running: compile the blocks (block.compile()), not the whole model; or use segments='model'"
+
+
+class Intercepted(Protocol):
+    """What the interceptors call."""
+
+    model: nn.Module
+    removed: bool
+
+    def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def block(self, path: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def named(self, name: Name) -> AbstractContextManager[None]: ...
+
+    def traced(self) -> None: ...
+
+
+class Interceptors:
+    """Those of one wrapped model."""
+
+    def __init__(self) -> None:
+        self.patches: list[Patch] = []
+        self.kinds: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch leaves a module's compiled code out of its copies, so that nothing is there for these to lie on.
+        return {**self.__dict__, "patches": [patch for patch in self.patches if patch.name != COMPILED]}
+
+    def attach(self, engine: Intercepted, adapter: Adapter) -> None:
+        """Put them on, also on blocks that came since or were compiled since, and where somebody's removal took them along."""
+        targets: list[tuple[nn.Module, str, Callable[..., Any], tuple[Any, ...]]]
+        targets = [(engine.model, "forward", intercept_model, (engine,))]
+        if callable(getattr(engine.model, "cache_context", None)):
+            targets.append((engine.model, "cache_context", intercept_context, (engine,)))
+        for path, block in find_blocks(engine.model, adapter).items():
+            self.kinds[path] = type(block).__name__
+            targets.append((block, "forward", intercept_block, (engine, path)))
+        standing = {(id(patch.module), patch.name) for patch in self.patches if patch.in_place}
+        for module, name, function, bound in list(targets):
+            # A compiled module is entered here; its forward would be traced, and the decision with it.
+            if name == "forward" and getattr(module, COMPILED, None) is not None:
+                targets.append((module, COMPILED, function, bound))
+        for module, name, function, bound in targets:
+            if (id(module), name) not in standing:
+                self.patches.append(Patch(module, name, function, *bound))
+
+    def detach(self) -> None:
+        """Take them out. One that lies under somebody else's hook stays; the engine that it asks says that it is removed."""
+        self.patches = [patch for patch in reversed(self.patches) if not patch.remove()]
+
+
+def owner_of(module: nn.Module) -> Intercepted | None:
+    """The engine whose interceptor lies on a module, under whatever other hooks."""
+    found = module.__dict__.get("forward")
+    while found is not None:
+        ours = isinstance(found, functools.partial) and found.func in (intercept_model, intercept_block)
+        if ours and not found.args[0].removed:
+            engine: Intercepted = found.args[0]
+            return engine
+        found = getattr(found, "__wrapped__", None)
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_tracing(engine: Intercepted) -> None:
+    """Runs while the model is traced, and is no part of the trace: what it changes must not be guarded."""
+    engine.traced()
+
+
+def intercept_model(engine: Intercepted, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Stands in the place of a wrapped model's forward."""
+    if torch.compiler.is_compiling():
+        _note_tracing(engine)
+        return original(*args, **kwargs)
+    return engine.step(original, args, kwargs)
+
+
+def intercept_block(engine: Intercepted, path: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Stands in the place of a block's forward, or before its compiled code."""
+    if torch.compiler.is_compiling():
+        return original(*args, **kwargs)
+    return engine.block(path, original, args, kwargs)
+
+
+@contextmanager
+def intercept_context(engine: Intercepted, original: Original, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands in the place of a model's ``cache_context(name)``, with which pipelines name the branch."""
+    with engine.named(Name(name)), original(name, *args, **kwargs):
+        yield
