@@ -11,11 +11,12 @@ from cachekit.policies.change import change
 from cachekit.policies.every import every
 from cachekit.policies.first import first
 from cachekit.policies.last import last, tail
+from cachekit.policies.moved import moved
 from cachekit.policies.outside import outside
 from cachekit.policies.skip_cache import skip_cache
 from cachekit.policies.skip_every import skip_every
 
-__all__ = ["at_most", "change", "every", "first", "last", "outside", "skip_cache", "skip_every", "tail"]
+__all__ = ["at_most", "change", "every", "first", "last", "moved", "outside", "skip_cache", "skip_every", "tail"]
 
 # Name in a spec string -> what makes the policy from the numbers behind it.
 POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
@@ -29,5 +30,6 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "tail": tail,
         "at-most": at_most,
         "change": change,
+        "moved": moved,
     }
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 from wrapping import Case, cases, handle, stats
 
 import cachekit
-from cachekit.policies import at_most, change, every, first, last, outside, skip_every, tail
+from cachekit.policies import at_most, change, every, first, last, moved, outside, skip_every, tail
 from cachekit.policy import Policy, Preset, Step
 
 Trace = tuple[tuple[float, ...], list[float]]
@@ -32,8 +32,8 @@ def decisions(policy: Policy[Any], trace: Trace) -> list[bool]:
     """The three functions on a trace of timesteps and changes since the step before; the first step is the session's."""
     times, changes = trace
     state, found, before, since = policy.init(), [], None, 0.0
-    for i, (t, moved) in enumerate(zip(times, changes, strict=True)):
-        since += moved
+    for i, (t, by) in enumerate(zip(times, changes, strict=True)):
+        since += by
         step = Step(i, t, len(times), 1000, before, i, probe=partial(float, since))
         recompute = i == 0 or policy.decide(state, step)
         assert i == 0 or policy.decide(state, step) == recompute, "decide must be pure"
@@ -83,8 +83,8 @@ def test_at_most_limits_whatever_it_is_joined_to(policy: Policy[Any], n: int, tr
 def test_change_keeps_what_has_accumulated_below_the_threshold(policy: Policy[Any], threshold: float, trace: Trace) -> None:
     """Joined to anything: since the last recompute, whoever asked for it, nothing has changed by more."""
     since = 0.0
-    for full, moved in zip(decisions(policy | change(threshold), trace), trace[1], strict=True):
-        since = 0.0 if full else since + moved
+    for full, by in zip(decisions(policy | change(threshold), trace), trace[1], strict=True):
+        since = 0.0 if full else since + by
         assert since <= threshold
 
 
@@ -107,12 +107,36 @@ def test_outside_looks_at_t(start: int, close: int, times: tuple[float, ...]) ->
 
 @given(st.integers(1, 6), schedules(min_size=1, max_size=60))
 def test_the_preset_is_what_its_guards_and_its_period_say(n: int, times: tuple[float, ...]) -> None:
-    """Three full steps, a full tail of 6 % and at least two, and from the warm-up on one recompute in every n."""
+    """Three full steps, then one in every n, and a tail of 6 % and at least two; but none that has not moved by half a stride."""
     found, steps = list(cachekit.plan(f"skip-every-{n}", times)), len(times)
+    guarded, last, wanted = max(2, -(-6 * steps // 100)), 0, []
+    for i, t in enumerate(times):
+        due = i - last >= n or i >= steps - guarded
+        near = n > 1 and times[last] - t < 0.5 * 1000 / steps
+        wanted.append(i < 3 or (due and not near))
+        last = i if wanted[-1] else last
+    assert found == wanted
+
+
+@given(st.integers(1, 6), st.integers(3, 100))
+def test_on_an_even_grid_the_preset_is_its_guards_and_its_period(n: int, steps: int) -> None:
+    """There no step lies closer than half a stride."""
+    found = list(cachekit.plan(f"skip-every-{n}", [1000 - 1000 * i / steps for i in range(steps)]))
     guarded = max(2, -(-6 * steps // 100))
     assert all(full for i, full in enumerate(found) if i < 3 or i >= steps - guarded)
     between = range(3, steps - guarded)
     assert [found[i] for i in between] == [(i - 2) % n == 0 for i in between]
+
+
+@given(st.integers(0, 3), schedules(min_size=1, max_size=30))
+def test_moved_counts_from_the_last_recompute(strides: int, times: tuple[float, ...]) -> None:
+    """In strides of the range over the number of steps; where either is unknown it says nothing against a recompute."""
+    last, wanted = times[0], []
+    for t in times:
+        wanted.append(t == times[0] or last - t >= strides * 1000 / len(times))
+        last = t if wanted[-1] else last
+    assert list(cachekit.plan(moved(strides), times)) == wanted
+    assert all(cachekit.plan(moved(strides), times, range=None))
 
 
 @given(stack_specs(), policies() | st.sampled_from(STRINGS), runs, st.sampled_from((None, 1000)), st.booleans())
@@ -138,7 +162,9 @@ def test_the_tail_guard_needs_the_steps_or_the_range(
     guard: Policy[Any] = tail(0.06) if known else outside(1001, 0)
     if reach is not None and not known:
         guard = _Below(60)
-    expected = cachekit.plan(first(3) | at_most(n - 1) | guard, times, range=reach)
+    # Without the number of steps a stride is unknown, and nothing is held back.
+    near: Policy[Any] = moved(0.5 if n > 1 else 0.0) if known else every(1)
+    expected = cachekit.plan(first(3) | (at_most(n - 1) | guard) & near, times, range=reach)
     assert [all(record.recomputed) for record in stats(model).records] == list(expected)
     assert any("session(steps=...)" in note for note in stats(model).notes) == (not known and reach is None)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachekit
-from cachekit.policies import POLICIES, at_most, change, every, first, last, outside, skip_cache, skip_every, tail
+from cachekit.policies import POLICIES, at_most, change, every, first, last, moved, outside, skip_cache, skip_every, tail
 from cachekit.policy import AllOf, AnyOf, Policy, Preset
 from cachekit.reuse import parse_reuse
 from cachekit.segments import parse_segments
@@ -27,6 +27,7 @@ LEAVES: list[tuple[str, Any]] = [
     ("change-0.08", change(0.08)),
     ("change-5e-2", change(0.05)),
     ("change-1e-05", change(0.00001)),
+    ("moved-0.5", moved(0.5)),
     ("outside-700-50", outside(700, 50)),
     ("outside-700", outside(700, 0)),
     ("outside-712.5-0.5", outside(712.5, 0.5)),
@@ -49,7 +50,7 @@ def test_every_known_policy_is_tried_above() -> None:
 def test_the_preset_brings_its_reuse() -> None:
     preset = parse_policy("skip-every-3")
     assert preset == skip_every(3)
-    assert preset.policy == first(3) | at_most(2) | tail(0.06)
+    assert preset.policy == first(3) | (at_most(2) | tail(0.06)) & moved(0.5)
     assert preset.segments is None
     assert isinstance(preset.reuse, cachekit.Forecast)
     assert (preset.reuse.order, preset.reuse.bound) == (2, 5.0)
