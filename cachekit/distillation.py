@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,15 +33,10 @@ class Features:
 
     def __init__(self, model: nn.Module, long_skips: LongSkips) -> None:
         self.found: dict[str, Tensor] | None = None
-        self.hooks = [self._watch(model, connection) for connection in long_skips.connections]
-
-    def _watch(self, model: nn.Module, connection: Connection) -> Any:
-        def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            # None when a checkpointed block runs again in the backward pass.
-            if self.found is not None:
-                self.found[connection.late] = main_output(connection.late, connection.main, args, kwargs, result)
-
-        return model.get_submodule(connection.late).register_forward_hook(note, with_kwargs=True)
+        self.hooks = [
+            model.get_submodule(connection.late).register_forward_hook(partial(_note, self, connection), with_kwargs=True)
+            for connection in long_skips.connections
+        ]
 
     @contextmanager
     def noted(self) -> Iterator[dict[str, Tensor]]:
@@ -55,6 +51,14 @@ class Features:
         """Take the hooks out again."""
         for hook in self.hooks:
             hook.remove()
+
+
+def _note(
+    features: Features, connection: Connection, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> None:
+    # None when a checkpointed block runs again in the backward pass.
+    if features.found is not None:
+        features.found[connection.late] = main_output(connection.late, connection.main, args, kwargs, result)
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

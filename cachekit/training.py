@@ -109,7 +109,7 @@ class Training:
             raise ModelError(f"training diverged: weights are not finite after step {self.step}; give the stages a lower lr=")
 
     def _draw(self) -> tuple[dict[str, Any], Tensor]:
-        with drawing(self._seed(0), self.trained[0].device):
+        with drawing(self._seed(0), self.trained[0].device), torch.no_grad():
             drawn = self.data(self.step)
         parts = drawn if isinstance(drawn, tuple | list) else [drawn]
         if len(parts) != 2 or not isinstance(drawn[0], Mapping) or not isinstance(drawn[1], Tensor):

@@ -10,12 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import original_zoo
 import pytest
 import torch
 from adding import shaken
 from cases import Case
 from torch import Tensor, nn
-from zoo import DIT, LATTE
+from zoo import DIT, FLUX, LATTE, SD3
 
 import cachekit
 from cachekit import Distillation, Stage
@@ -55,7 +56,7 @@ def run(model: Any, case: Case, *stages: Stage, **options: Any) -> State:
     return state_of(model)
 
 
-@some_cases
+@pytest.mark.parametrize("case", [DIT, LATTE, SD3, FLUX, original_zoo.LATTE], ids=str)
 def test_the_first_stage_changes_the_fusions_alone(case: Case) -> None:
     model = built(case)
     before = state_of(model)
@@ -277,6 +278,16 @@ def test_everything_else_is_as_it_was(fails: bool, wrapped: bool) -> None:
             for t in (900, 800):
                 model(**DIT.inputs(t, dtype=torch.bfloat16))
         assert sum(model.cachekit.stats.records[-1].recomputed) == 2
+
+
+def test_compiled_blocks_train_alike() -> None:
+    stage = Stage(steps=3, train="all", distill=Distillation())
+    expected = run(built(DIT, "paper"), DIT, stage)
+    model = built(DIT, "paper")
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    found = run(model, DIT, stage)
+    assert all(torch.allclose(found[key], expected[key], rtol=1e-4, atol=1e-6) for key in expected)
 
 
 def test_checkpointed_blocks_train_alike() -> None:
