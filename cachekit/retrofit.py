@@ -75,7 +75,7 @@ def retrofit(
     long_skips = _check(model, data, plan)
     written = TrainingLog(log, plot)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    handle = getattr(model, "cachekit", None)
+    handle = model.__dict__.get("cachekit")
     whole = handle.disabled() if handle is not None else nullcontext()
     with in_training(model), whole, torch.inference_mode(False), torch.enable_grad():
         original = original_of(model) if any(stage.distill for stage in plan.stages) else None
@@ -121,6 +121,7 @@ def _facts(training: Training) -> dict[str, str]:
     return {
         "model": json.dumps(fingerprint(training.model)),
         "fusions": f"{long_skips.fusion} {long_skips.pairs}",
+        "frozen": ", ".join(training.untrained),
         "original": "" if training.original is None else digest(training.original),
         "plan": training.plan.model_dump_json(),
     }

@@ -29,7 +29,7 @@ class Training:
         original: what it learns from beside the targets.
         data: as in ``retrofit``.
         plan: what is done when.
-        frozen: names of parameters that no stage trains.
+        frozen: names of parameters that didn't ask for gradients; among them only fusions are trained.
         step: how many steps were done.
     """
 
@@ -55,6 +55,14 @@ class Training:
             parameter.requires_grad_(id(parameter) in fusions or (stage.train == "all" and name not in self.frozen))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=stage.lr, weight_decay=0.0)
+
+    @property
+    def untrained(self) -> list[str]:
+        """Names of the parameters that no stage trains."""
+        everything = any(stage.train == "all" for stage in self.plan.stages)
+        fusions = set(map(id, self.long_skips.parameters()))
+        named = [(name, id(parameter)) for name, parameter in self.model.named_parameters()]
+        return [name for name, which in named if which not in fusions and (name in self.frozen or not everything)]
 
     def state(self) -> dict[str, Any]:
         """All that the steps to come depend on."""

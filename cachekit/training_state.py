@@ -136,6 +136,7 @@ def read_checkpoint(path: Path, facts: dict[str, str]) -> dict[str, Any] | None:
     for fact, says in (
         ("model", "another model; build the one that it was written for"),
         ("fusions", "other long skip connections; add those that it was written for"),
+        ("frozen", "a retrofit that trained other weights; freeze those that were frozen when it began"),
         ("original", "a retrofit that learns from other weights; give the model with the weights that it began with"),
     ):
         if state[fact] != facts[fact]:

@@ -358,11 +358,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     model = built(DIT)
     run(model, DIT, stage, checkpoint=path)
     raw = path.read_bytes()
+    half_frozen = built(DIT)
+    half_frozen.transformer_blocks.requires_grad_(False)
     for other, stages, says in (
         (built(LATTE), [stage], "of another model"),
         (built(DIT, "paper"), [stage], "other long skip connections"),
         (cachekit.add_long_skips(DIT.build(), pairs=[(0, 5)]), [stage], "other long skip connections"),
         (copy.deepcopy(model), [stage], "the weights that it began with"),
+        (half_frozen, [stage], "freeze those that were frozen"),
         (built(DIT), [stage, FUSIONS], "other settings"),
         (built(DIT), [stage.model_copy(update={"lr": 1e-3})], "other settings"),
     ):
