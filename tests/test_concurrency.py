@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import gc
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -60,6 +62,29 @@ def _paused(turns: Turns, case: Case, model: Stack, run: Run) -> list[Tensor]:
             found.append(prediction)
             turns.pause()
     return found
+
+
+@given(cases().map(Case.wide), lanes, choices, runs)
+def test_interleaved_tasks_equal_those_run_alone(case: Case, drawn: list[Run], order: list[int], parents: Run) -> None:
+    """Tasks of one thread, started in the middle of their parent's own generation, whose context they copy."""
+    model, pauses = case.wrap(), cycle(order)
+
+    async def generation(run: Run, parent: bool = False) -> list[Tensor]:
+        found, children = [], []
+        with case.session(model, run.times):
+            for prediction in run.steps(model):
+                found.append(prediction)
+                if parent and len(found) == 1:
+                    children = [asyncio.create_task(generation(other)) for other in drawn]
+                for _ in range(next(pauses)):
+                    await asyncio.sleep(0)
+        for run_alone, child in zip(drawn, children, strict=False):
+            assert equal(await child, case.run(case.wrap(), run_alone))
+        return found
+
+    with torch.no_grad():
+        found = asyncio.run(generation(parents, parent=True))
+    assert equal(found, case.run(case.wrap(), parents))
 
 
 class Fault(Exception):

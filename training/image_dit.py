@@ -114,7 +114,7 @@ def train(args: argparse.Namespace, make: Callable[[argparse.Namespace], nn.Modu
                 log.write(json.dumps({"step": step + 1, "loss": round(total / count, 5), "lr": round(lr, 7)}) + "\n")
                 log.flush()
                 total, count = 0.0, 0
-            if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            if (step + 1) % args.checkpoints == 0 or step + 1 == args.steps:
                 state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "ema": ema, "step": step + 1}
                 torch.save(state, checkpoint.with_suffix(".new"))
                 checkpoint.with_suffix(".new").replace(checkpoint)
@@ -129,8 +129,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint.pt and log.jsonl")
     parser.add_argument("--export", type=Path, help="write the averaged weights here, in half precision")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=12_000, help="length of the learning-rate schedule")
+    parser.add_argument("--steps", type=int, default=9_000, help="length of the learning-rate schedule")
     parser.add_argument("--until", type=int, default=10**9, help="stop early at this step (to reproduce the log's start)")
+    parser.add_argument("--checkpoints", type=int, default=500, help="steps from one checkpoint to the next")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     return parser

@@ -1,0 +1,215 @@
+"""``cachekit compare``: the shipped target and one's own, from the command line to the files that it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+import cachekit
+from cachekit.demo import cli, fashion, frechet, measure, report, rows
+from cachekit.demo.app import app
+from cachekit.demo.target import Solver, Target, as_target, load_target
+
+MODULE = """
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+
+def factory():
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=3, out_channels=3, num_layers=4, sample_size=4, patch_size=2,
+        num_embeds_ada_norm=10,
+    ).eval()
+
+    def sample(seed, steps=12):
+        scheduler = DDIMScheduler(clip_sample=False)
+        scheduler.set_timesteps(steps)
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        for t in scheduler.timesteps:
+            noise = model(x, timestep=t.expand(2), class_labels=torch.tensor([1, 2])).sample
+            x = scheduler.step(noise, t, x).prev_sample
+        return x
+
+    return model, sample
+
+
+nothing = 3
+
+
+def wrong():
+    return "a model"
+
+
+def stepless():
+    return factory()[0], lambda seed, steps: None
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module in the current folder."""
+    (tmp_path / "own_target.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "own_target", raising=False)
+    return "own_target"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["compare", *arguments], catch_exceptions=False)
+
+
+def written(folder: Path) -> Any:
+    return json.loads((folder / "compare.json").read_text())
+
+
+def test_ones_own_target(own: str, tmp_path: Path) -> None:
+    """Two policies, two seeds: every row is there with a number for each seed, and what was skipped was counted."""
+    done = run(f"{own}:factory", "--policies", "skip-every-2@model,every-3/output", "-p", "every-1", "--seeds", "2", "--out", "o")
+    assert done.exit_code == 0, done.output
+    found = written(tmp_path / "o")
+    (solver,) = found["solvers"].values()
+    by_label = {row["label"]: row for row in solver["rows"]}
+    assert next(iter(by_label)) == "uncached" and {"skip-every-2@model", "every-3/output", "every-1"} <= by_label.keys()
+    assert all(len(row["errors"]) == len(row["seconds"]) == 2 for row in by_label.values())
+    assert by_label["every-1"]["errors"] == [0.0, 0.0] == by_label["uncached"]["errors"]
+    assert all(error > 0 for error in by_label["every-3/output"]["errors"] + by_label["6 steps"]["errors"])
+    assert (by_label["every-3/output"]["blocks_run"], by_label["every-3/output"]["blocks_total"]) == (4 * 4 + 8 * 2, 48)
+    assert by_label["every-1"]["blocks_run"] == 48
+    for label in by_label:
+        assert label in done.output
+    assert (tmp_path / "o" / "map-the-sampler.png").exists()
+
+
+@pytest.mark.slow
+def test_the_shipped_target(tmp_path: Path) -> None:
+    """With fewer rows and seeds: both solvers' tables, the pictures, the sentences, and distances near those of real images."""
+    done = run("-p", "skip-every-2@model", "--seeds", "2", "--images", "10", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    found = written(tmp_path)
+    assert list(found["solvers"]) == ["DDIM", "DPM-Solver++(2M)"]
+    for name, steps in (("DDIM", 50), ("DPM-Solver++(2M)", 30)):
+        solver = found["solvers"][name]
+        assert solver["steps"] == steps and solver["samples"] == 20
+        cached = solver["rows"][-1]
+        fewer = next(row for row in solver["rows"] if row["label"] == f"{steps // 2} steps")
+        assert np.mean(cached["errors"]) < np.mean(fewer["errors"])
+        assert cached["blocks_run"] < 0.6 * cached["blocks_total"]
+        # Noise is at 16 times the distance of trained samples (looked at once: 17.4 against 1.1).
+        assert solver["rows"][0]["frechet"] < 4
+    assert any("the solver matters more than the cache" in said.lower() for said in found["solvers"]["DDIM"]["verdict"])
+    grid = matplotlib.image.imread(tmp_path / "samples-ddim.png")
+    assert grid.std() > 0.1, "a picture with something on it"
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "map-ddim.png",
+        "map-dpm-solver-2m.png",
+        "samples-ddim.png",
+        "samples-dpm-solver-2m.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nowhere_at_all:factory",), "no module 'nowhere_at_all'"),
+        (("own_target",), "package.module:factory"),
+        (("own_target:nothing",), "no function 'nothing'"),
+        (("own_target:wrong",), "return (model, sample)"),
+        (("own_target:stepless",), "give steps a default"),
+        (("own_target:factory", "-p", "evry-2"), "unknown policy 'evry-2'"),
+        (("own_target:factory", "-p", "@model"), "names no policy"),
+        (("own_target:factory", "-p", "every-2/held"), "unknown reuse 'held'"),
+        (("own_target:factory", "-p", "every-2@centre"), "unknown segments='centre'"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told(own: str, arguments: tuple[str, ...], says: str) -> None:
+    """In a line, with the exit code of a wrong call, and no traceback."""
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert says in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cachekit.demo.app", None)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main()  # not one of the extra's packages: nothing is to be hidden
+    monkeypatch.delitem(sys.modules, "cachekit.demo.app")
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "cachekit.demo.compare", None)
+    monkeypatch.delitem(sys.modules, "cachekit.demo.compare")
+    with pytest.raises(SystemExit, match=r"pip install 'cachekit-dit\[demo\]'"):
+        cli.main()
+
+
+def test_a_target_may_be_anything_that_samples(own: str) -> None:
+    made = load_target(f"{own}:factory")
+    assert isinstance(made, Target) and made.solvers[0].steps == 12
+    assert as_target(made, "again") is made
+    fixed = as_target((nn.Linear(1, 1), lambda seed: torch.full((1,), float(seed))), "fixed")
+    assert fixed.solvers[0].steps is None
+    assert fixed.solvers[0].run(3).item() == 3.0
+    assert [row.label for row in rows.rows_for(fixed, fixed.solvers[0], ("every-2",))] == ["uncached", "every-2"]
+
+
+def test_the_rival_is_fewer_steps_in_the_same_time() -> None:
+    """Between two numbers of steps its error is interpolated by time; a cache that is as good has ratio one."""
+    solver = Solver("any", lambda seed, steps: torch.zeros(1), 4)
+    target = Target("any", nn.Linear(1, 1), (solver,))
+    times = {"uncached": 4.0, "fewer": 2.0, "cached": 3.0}
+    values = {"uncached": 1.0, "fewer": 1.4, "cached": 1.1}
+    found = [
+        measure.Measured(rows.Row(kind, kind, solver, 4), seconds=[times[kind]], samples=[torch.tensor([values[kind]])])
+        for kind in times
+    ]
+    measure._compare(target, found, [])
+    assert found[2].rival_errors == pytest.approx([0.2])
+    assert found[2].ratio == pytest.approx(0.5)
+    said = report.verdict("any", found)
+    assert said == ["any: nothing here reached 1.5x.", "any: nothing here reached 2.0x."]
+    found[2].seconds = [1.9]
+    measure._compare(target, found, [])
+    assert "0.25 of the error of fewer steps" in report.verdict("any", found)[0]
+
+
+def test_the_frechet_distance_is_that_of_gaussians() -> None:
+    """Against the formula for covariances that commute, and zero to oneself."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(4000, 3)) * [1.0, 2.0, 0.5]
+    b = rng.normal(size=(4000, 3)) * [2.0, 1.0, 0.5] + [1.0, 0.0, -2.0]
+    assert frechet.frechet(a, a) == pytest.approx(0.0, abs=1e-9)
+    assert frechet.frechet(a, b) == pytest.approx(5.0 + 1.0 + 1.0, rel=0.06)
+    assert linalg.norm(np.cov(a, rowvar=False) - np.diag([1, 4, 0.25])) < 0.3
+
+
+def test_realism_tells_samples_from_noise() -> None:
+    realism = frechet.Realism()
+    mean, spread = realism.floor(100)
+    noise = torch.rand(100, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert 0 < mean < 1 and 0 < spread < mean
+    assert realism.distance(noise) > 10 * mean
+
+
+def test_the_shipped_model_is_what_it_says() -> None:
+    """Trained: it predicts the noise in a real-looking image far better than zero does."""
+    model = fashion.load_model()
+    samples = fashion.sample(model, fashion.ddim(), seed=5, steps=10, images=10)
+    noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(1))
+    scheduler = fashion.ddim()
+    t = torch.full((10,), 400)
+    with torch.no_grad():
+        predicted: Tensor = model(scheduler.add_noise(samples, noise, t), timestep=t, class_labels=(torch.arange(10) + 50) % 10)[0]
+    assert (predicted - noise).square().mean() < 0.1
+    assert len(cachekit.graph(model, samples, timestep=t, class_labels=torch.arange(10)).blocks) == 8

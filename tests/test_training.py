@@ -1,0 +1,80 @@
+"""The training scripts: made-up data stands in for the images; a run that was stopped ends as one that was not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cachekit.demo.fashion import new_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four files of Fashion-MNIST's format: one blob for each class."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, n in (("train", 300), ("t10k", 1000)):
+        labels = np.arange(n) % 10
+        images = rng.integers(0, 40, (n, 28, 28))
+        for k, label in enumerate(labels):
+            images[k, 2 * label : 2 * label + 8, 5:20] += 200
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "training" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(data: Path, tmp_path: Path) -> None:
+    """The exported weights are those of the whole run, fit the shipped shape, and leave out the short waves."""
+    short = ("--data", data, "--steps", 6, "--batch", 4, "--checkpoints", 2)
+    for out, stops in (("whole", [6]), ("parts", [2, 4, 6])):
+        for until in stops:
+            done = script(
+                "image_dit.py", *short, "--out", tmp_path / out, "--export", tmp_path / f"{out}.safetensors", "--until", until
+            )
+            assert done.returncode == 0, done.stderr
+    whole, parts = (load_file(tmp_path / f"{out}.safetensors") for out in ("whole", "parts"))
+    assert whole.keys() == new_model().state_dict().keys()
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    embedder = whole["transformer_blocks.3.norm1.emb.timestep_embedder.linear_1.weight"]
+    columns = embedder.abs().amax(0)
+    assert not columns[:57].any() and columns[58:128].all() and not columns[128:185].any() and columns[186:].all()
+
+
+@pytest.mark.slow
+def test_the_classifier_learns(data: Path, tmp_path: Path) -> None:
+    log, export = tmp_path / "log.jsonl", tmp_path / "features.safetensors"
+    done = script("features.py", "--data", data, "--log", log, "--export", export, "--steps", 150)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines[-1]["test accuracy"] > 0.5
+    assert lines[0]["loss"] > lines[-2]["loss"]
+    assert load_file(export)["real"].shape == (1000, 16)
+
+
+def test_what_is_no_such_file_is_told(tmp_path: Path) -> None:
+    for name in ("images-idx3", "labels-idx1"):
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(struct.pack(">HBBI", 0, 8, 1, 10) + b"short"))
+    done = script("features.py", "--data", tmp_path, "--log", tmp_path / "log.jsonl")
+    assert done.returncode != 0
+    assert "is cut short" in done.stderr
