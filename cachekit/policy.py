@@ -6,9 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+from pydantic import ConfigDict
+
 from cachekit.errors import ConfigError
 
 S = TypeVar("S")
+
+# For policies and reuses: without it pydantic ignores a misspelt keyword, and the default is used in silence.
+STRICT = ConfigDict(extra="forbid")
 
 NO_PROBE = (
     "change() watches the block before the segment, and there is none here; leave the first block out, "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -14,7 +13,10 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from cachekit.errors import ConfigError
-from cachekit.policy import Step
+from cachekit.policy import STRICT, Step
+from cachekit.spec import known_reuses, make
+
+Axis = Literal["t", "grid"] | Callable[[float], float]
 
 
 @runtime_checkable
@@ -53,7 +55,7 @@ def lagrange(times: Sequence[float], t: float) -> list[float]:
     return result
 
 
-@validated(frozen=True)
+@validated(frozen=True, config=STRICT)
 class Forecast:
     """Polynomial forecast from true nodes; order 0 holds the newest value.
 
@@ -68,28 +70,38 @@ class Forecast:
         bound: largest sum of absolute weights for an order above 0.
         axis: the polynomial's variable. ``"t"``: the timestep. ``"grid"``: the position on the sampler's own grid of timesteps,
             which is t where the grid is even in t, and the log-SNR where it is even in that (docs/compare.md has both measured).
+            A function: what it makes of the timestep, different for different ones.
     """
 
     order: NonNegativeInt = 0
+    _: KW_ONLY
     beta: NonNegativeFloat = 0.0
     bound: PositiveFloat = 5.0
-    axis: Literal["t", "grid"] = "t"
+    axis: Axis = "t"
 
     @property
     def length(self) -> int:
         return self.order + 1
 
     def time(self, step: Step) -> float:
-        """The step's timestep, or its index among the different timesteps so far."""
+        """The step's timestep, its index among the different timesteps so far, or the axis' function of its timestep."""
+        if callable(self.axis):
+            return self.axis(step.t)
         return step.t if self.axis == "t" else float(step.node)
 
     def weights(self, times: Sequence[float], t: float) -> list[float]:
         """One weight for each time used, newest first, and none for older ones."""
+        if t == times[0]:
+            return [1.0]
         for order in range(min(self.order, len(times) - 1), 0, -1):
-            result = lagrange(times[: order + 1], t)
+            result = self.of_order(order, times, t)
             if sum(map(abs, result)) <= self.bound:
                 return result
         return [1.0]
+
+    def of_order(self, order: int, times: Sequence[float], t: float) -> list[float]:
+        """The weights of one order of at least 1, for more times than that, t not the newest; subclasses override this."""
+        return lagrange(times[: order + 1], t)
 
 
 @dataclass
@@ -127,28 +139,34 @@ class History:
         return sum(value.numel() * value.element_size() for _, value in self.entries)
 
 
-_SPEC = re.compile(r"(?P<residual>residual-)?(?P<grid>grid-)?taylor-(?P<order>\d+)")
+ADVICE = (
+    "write 'output', 'residual', 'taylor-K', 'residual-taylor-K' (K = 1, 2, ...), 'grid-taylor-K', "
+    "'residual-grid-taylor-K' or cachekit.Forecast(order=..., beta=..., bound=..., axis=...)"
+)
 
 
 def parse_reuse(reuse: Any) -> Reuse:
-    """``"output"``, ``"residual"``, ``"taylor-K"``, ``"residual-taylor-K"``, or an object that follows ``Reuse``.
+    """A spec string such as ``"output"`` or ``"taylor-2"``, or an object that follows ``Reuse``.
 
-    ``"grid-taylor-K"`` and ``"residual-grid-taylor-K"`` forecast along the sampler's grid instead of t.
+    Before any name, ``residual-`` passes on what the input changed (``beta=1``), and ``grid-`` forecasts along the sampler's
+    grid; together they are ``residual-grid-``.
+
+    Returns:
+        What follows ``Reuse``; its ``length`` says how many tensors will be held for each that is stored.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: anything else; known names are listed.
     """
     if isinstance(reuse, str):
-        if reuse in ("output", "residual"):
-            return Forecast(beta=1.0 if reuse == "residual" else 0.0)
-        match = _SPEC.fullmatch(reuse)
-        if match:
-            return Forecast(
-                order=int(match["order"]), beta=1.0 if match["residual"] else 0.0, axis="grid" if match["grid"] else "t"
-            )
-    elif isinstance(reuse, Reuse) and not isinstance(reuse, type):
+        name, changes = reuse, dict[str, Any]()
+        for prefix, change in (("residual-", {"beta": 1.0}), ("grid-", {"axis": "grid"})):
+            if name.startswith(prefix):
+                name, changes = name.removeprefix(prefix), changes | change
+        made = make(name, known_reuses(), kind="reuse", advice=ADVICE)
+        lacking = [change for change in changes if change not in getattr(made, "__dataclass_fields__", ())]
+        if lacking:
+            raise ConfigError(f"reuse={reuse!r}: {name!r} has no {' and no '.join(lacking)} to set; write {name!r} alone")
+        reuse = replace(made, **changes) if changes else made
+    if isinstance(reuse, Reuse) and not isinstance(reuse, type):
         return reuse
-    raise ConfigError(
-        f"unknown reuse {reuse!r}; write 'output', 'residual', 'taylor-K', 'residual-taylor-K' (K = 1, 2, ...), "
-        "'grid-taylor-K', 'residual-grid-taylor-K' or cachekit.Forecast(order=..., beta=..., bound=..., axis=...)"
-    )
+    raise ConfigError(f"unknown reuse {reuse!r}; {ADVICE}")

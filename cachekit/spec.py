@@ -1,4 +1,4 @@
-"""Policies as text: "skip-every-2", "N2-700-50", "every-2 | outside-700-50"."""
+"""Policies and reuses as text: "skip-every-2", "N2-700-50", "every-2 | outside-700-50"; "taylor-2"."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ _LEAF = re.compile(rf"(?P<name>[A-Za-z][A-Za-z0-9-]*?)-?(?P<numbers>{_NUMBER}(?:
 _TOKEN = re.compile(r"\s*([|&()]|[^|&()\s]+)")
 
 
-def known_policies() -> dict[str, Callable[..., Any] | EntryPoint]:
-    """Name in a spec string -> what makes the policy: cachekit's own, and those of entry points ``cachekit.policies``.
+# Entry points are loaded when they are asked for by name, so that a broken package breaks nothing else.
+Known = Mapping[str, Callable[..., Any] | EntryPoint]
 
-    Entry points are loaded when they are asked for by name, so that a broken package breaks nothing else.
-    """
+
+def known_policies() -> Known:
+    """Name in a spec string -> what makes the policy: cachekit's own, and those of entry points ``cachekit.policies``."""
     from cachekit.policies import POLICIES
 
     return {**POLICIES, **{entry.name: entry for entry in entry_points(group="cachekit.policies")}}
+
+
+def known_reuses() -> Known:
+    """Name in a spec string -> what makes the reuse: cachekit's own, and those of entry points ``cachekit.reuses``."""
+    from cachekit.policies.reuses import REUSES
+
+    return {**REUSES, **{entry.name: entry for entry in entry_points(group="cachekit.reuses")}}
 
 
 def _load(name: str, found: Callable[..., Any] | EntryPoint) -> Callable[..., Any]:
@@ -34,7 +42,7 @@ def _load(name: str, found: Callable[..., Any] | EntryPoint) -> Callable[..., An
     try:
         maker: Callable[..., Any] = found.load()
     except Exception as error:
-        raise ConfigError(f"policy {name!r} of another package can't be loaded from {found.value}: {error}; mend it") from error
+        raise ConfigError(f"{name!r} of another package can't be loaded from {found.value}: {error}; mend it") from error
     return maker
 
 
@@ -63,7 +71,7 @@ def parse_policy(policy: Any) -> Preset:
 class _Parser:
     """Recursive descent over ``either := both ('|' both)*``, ``both := leaf ('&' leaf)*``."""
 
-    def __init__(self, tokens: list[str], text: str, known: Mapping[str, Callable[..., Any] | EntryPoint]) -> None:
+    def __init__(self, tokens: list[str], text: str, known: Known) -> None:
         self.tokens, self.text, self.known = tokens, text, known
 
     def _take(self, token: str) -> bool:
@@ -92,11 +100,16 @@ class _Parser:
             return result
         if not self.tokens or self.tokens[0] in "|&)":
             raise ConfigError(f"{self.text!r} lacks a policy; write for example 'every-2 | outside-700-50'")
-        return make(self.tokens.pop(0), self.known)
+        return make(self.tokens.pop(0), self.known, kind="policy", advice="join them with | or &")
 
 
-def make(leaf: str, known: Mapping[str, Callable[..., Any] | EntryPoint]) -> Any:
-    """One policy from its spec, such as ``"every-2"``.
+def make(leaf: str, known: Known, *, kind: str, advice: str) -> Any:
+    """One policy or reuse from its spec, such as ``"every-2"`` or ``"taylor-2"``.
+
+    Args:
+        leaf: a name and the numbers that its maker is given by position.
+        known: names and makers.
+        kind, advice: what is made, and what to write instead where the name is unknown.
 
     Raises:
         ConfigError: as ``parse_policy``.
@@ -104,7 +117,7 @@ def make(leaf: str, known: Mapping[str, Callable[..., Any] | EntryPoint]) -> Any
     match = _LEAF.fullmatch(leaf)
     if match is None or match["name"] not in known:
         listed = ", ".join(sorted(_usage(name, found) for name, found in known.items()))
-        raise ConfigError(f"unknown policy {leaf!r}; known: {listed}; join them with | or &")
+        raise ConfigError(f"unknown {kind} {leaf!r}; known: {listed}; {advice}")
     maker = _load(match["name"], known[match["name"]])
     numbers = re.findall(_NUMBER, match["numbers"] or "")
     try:
@@ -115,7 +128,8 @@ def make(leaf: str, known: Mapping[str, Callable[..., Any] | EntryPoint]) -> Any
 
 def _usage(name: str, found: Callable[..., Any] | EntryPoint) -> str:
     try:
-        names = [parameter.upper() for parameter in inspect.signature(_load(name, found)).parameters]
+        given = inspect.signature(_load(name, found)).parameters.values()
     except ConfigError:
         return f"{name} (can't be loaded)"
+    names = [parameter.name.upper() for parameter in given if parameter.kind is not parameter.KEYWORD_ONLY]
     return "-".join([name, *names]) if name != "N" else f"N{'-'.join(names)}"

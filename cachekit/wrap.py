@@ -93,7 +93,7 @@ def wrap(
         segments: where: ``"middle"`` (all but the first and last block; the default), ``"all"``, ``"skip-K"``, ``"model"`` (the
             whole prediction), (start, stop), or a list of these and of ``Segment``.
         reuse: what a reused segment returns: ``"output"`` (the default of literal policies), ``"residual"``, ``"taylor-K"``,
-            ``"residual-taylor-K"``, or a ``Forecast``.
+            ``"residual-taylor-K"``, a published operator such as ``"bdf2"``, or a ``Forecast`` or other ``Reuse``.
         adapter: an ``Adapter`` or the name of one; found by the model's class otherwise.
 
     Returns:

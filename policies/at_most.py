@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
-from cachekit.policy import Policy, Step
+from cachekit.policy import STRICT, Policy, Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class at_most(Policy[int]):
     """Recompute after n reuses in a row, whoever decided them."""
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 
-from cachekit.policy import Policy, Step
+from cachekit.policy import STRICT, Policy, Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class change(Policy[None]):
     """Recompute when the probe block's residual has changed by more than the threshold since the last recompute.
 

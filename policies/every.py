@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from cachekit.policy import Policy, Step
+from cachekit.policy import STRICT, Policy, Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class every(Policy[None]):
     """Recompute at steps 0, n, 2n, ..., counted over the whole generation (FORA, arXiv 2407.01425; Skip-Cache, 2411.17616)."""
 

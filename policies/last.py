@@ -8,10 +8,10 @@ from typing import ClassVar
 from pydantic import NonNegativeFloat, NonNegativeInt
 from pydantic.dataclasses import dataclass
 
-from cachekit.policy import Policy, Step
+from cachekit.policy import STRICT, Policy, Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class last(Policy[None]):
     """Recompute the last n steps. Needs their number: ``model.cachekit.session(steps=...)``; stats say where it was off."""
 
@@ -22,7 +22,7 @@ class last(Policy[None]):
         return step.steps is not None and step.i >= step.steps - self.n
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class tail(Policy[None]):
     """Recompute the last share of the steps, at least two; where their number is unknown, t under that share of its range."""
 

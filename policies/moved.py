@@ -7,10 +7,10 @@ import math
 from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 
-from cachekit.policy import Policy, Step
+from cachekit.policy import STRICT, Policy, Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class moved(Policy[float]):
     """Recompute when t has moved by so many strides since the last recompute; a stride is the range over the number of steps.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 
-from cachekit.policy import Policy, Step
+from cachekit.policy import STRICT, Policy, Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class outside(Policy[None]):
     """Recompute outside the window start > t >= close (Skip-Cache, arXiv 2411.17616).
 

@@ -173,4 +173,7 @@ class Reference:
         return float((now - site.then).abs().mean() / site.then.abs().mean())
 
     def _now(self, site: Site) -> float:
-        return self.t if site.reuse.axis == "t" else float(self.node)
+        axis = site.reuse.axis
+        if callable(axis):
+            return axis(self.t)
+        return self.t if axis == "t" else float(self.node)

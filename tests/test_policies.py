@@ -223,6 +223,13 @@ def _residuals(model: Any, v: int) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("make", [every, first, last, at_most, moved, change, outside, tail])
+def test_a_misspelt_number_is_refused(make: Any) -> None:
+    """Not passed over in favour of the default."""
+    with pytest.raises(ValueError, match="mistake"):
+        make(**{next(iter(make.__dataclass_fields__)): 1, "mistake": 2})
+
+
 def test_presets_combine_as_policies_do() -> None:
     """What is tuned together stays together: the preset's own reuse is kept."""
     for combined in (skip_every(2) | every(5), every(5) | skip_every(2), skip_every(2) & every(5), every(5) & skip_every(2)):

@@ -254,7 +254,7 @@ def test_reuse_specs(spec: str, order: int, beta: float, axis: str) -> None:
     assert parse_reuse(spec) == cachekit.Forecast(order=order, beta=beta, axis=axis)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("reuse", ["outputs", "taylor", "taylor-x", "residual-", 2, None])
+@pytest.mark.parametrize("reuse", ["outputs", "taylor-x", "residual-", 2, None])
 def test_unknown_reuse_lists_the_known(reuse: Any) -> None:
     with pytest.raises(cachekit.ConfigError, match=r"unknown reuse.*'output', 'residual', 'taylor-K', 'residual-taylor-K'"):
         parse_reuse(reuse)

@@ -1,0 +1,23 @@
+"""Held values, and polynomials through the newest ones: the names of cachekit's own ``Forecast``."""
+
+from __future__ import annotations
+
+from pydantic import NonNegativeInt, validate_call
+
+from cachekit.reuse import Forecast
+
+
+def output() -> Forecast:
+    """The newest output, held (FORA, arXiv 2407.01425; Skip-Cache, 2411.17616)."""
+    return Forecast()
+
+
+def residual() -> Forecast:
+    """The newest residual, held and added to what enters now (Delta-DiT, arXiv 2406.01125)."""
+    return Forecast(beta=1.0)
+
+
+@validate_call
+def taylor(k: NonNegativeInt) -> Forecast:
+    """The polynomial of degree k through the newest k + 1 outputs, by Lagrange's weights, bounded."""
+    return Forecast(k)
