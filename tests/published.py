@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import Case, Conditioning, Shape, image, paths, video, whole
-from diffusers import CogView4Transformer2DModel, MochiTransformer3DModel
+from cases import Case, Conditioning, Shape, image, paths, thousandth, video, whole
+from diffusers import CogView4Transformer2DModel, Flux2Transformer2DModel, MochiTransformer3DModel
 from torch import Tensor, nn
 from zoo import COGVIDEOX, DIT, FLUX, HUNYUAN_VIDEO, WAN
 
@@ -64,15 +64,53 @@ def _cogview4_condition(draw: Callable[..., Tensor], shape: Shape) -> Conditioni
     }
 
 
+def _flux2() -> nn.Module:
+    return Flux2Transformer2DModel(  # type: ignore[no-any-return]
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=16,
+        mlp_ratio=2.0,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+
+
+def _flux2_condition(draw: Callable[..., Tensor], shape: Shape) -> Conditioning:
+    side = 4 * shape.scale
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    zero = torch.zeros_like(rows)
+    return {
+        "encoder_hidden_states": draw(shape.batch, 6, 16),
+        "guidance": torch.full([shape.batch], 3.5),
+        "txt_ids": torch.zeros(6, 4),
+        "img_ids": torch.stack([zero, rows, columns, zero], dim=-1).reshape(-1, 4).to(shape.dtype),
+        "return_dict": False,
+    }
+
+
 MOCHI = Case("MochiTransformer3DModel", _mochi, whole, video(4), _mochi_condition, paths("transformer_blocks", 5))
 COGVIEW4 = Case("CogView4Transformer2DModel", _cogview4, whole, image(4), _cogview4_condition, paths("transformer_blocks", 5))
 
-# What the blocks return, in order.
+# The model joins its two streams into one between the double and the single blocks.
+FLUX2 = Case(
+    "Flux2Transformer2DModel",
+    _flux2,
+    thousandth,
+    lambda size: (size * size // 4, 16),
+    _flux2_condition,
+    paths("transformer_blocks", 2) + paths("single_transformer_blocks", 4),
+)
+
+# What the blocks return, in order; blocks of one stream return it alone.
 MAIN, TEXT = "hidden_states", "encoder_hidden_states"
 OUTPUTS: dict[str, tuple[str, ...]] = {
     DIT.name: (MAIN,),
     WAN.name: (MAIN,),
     FLUX.name: (TEXT, MAIN),
+    FLUX2.name: (TEXT, MAIN),
     HUNYUAN_VIDEO.name: (MAIN, TEXT),
     COGVIDEOX.name: (MAIN, TEXT),
     MOCHI.name: (MAIN, TEXT),
@@ -133,19 +171,21 @@ def run(case: Case, model: nn.Module, times: Sequence[float], ranges: Sequence[R
 
     def enters(block: nn.Module, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
-        entering = {name: bound[name].clone() for name in names}
+        entering = {name: bound[name].clone() for name in names if bound.get(name) is not None}
         if block is blocks[0]:
             step["first"] = entering[MAIN]
         for held in ranges:
             if block is blocks[held.start]:
                 step[id(held)] = entering
-                full = held.decide(entering[MAIN] - step["first"], step["i"], step["t"])
+                # A range behind where the streams were joined has no residual before it to look at.
+                now, first = entering[MAIN], step["first"]
+                full = held.decide(now - first if now.shape == first.shape else now, step["i"], step["t"])
                 held.recomputed.append(not held.fulls or full)
 
     def leaves(block: nn.Module, args: Any, result: Any) -> Any:
         for held in ranges:
             if block is blocks[held.stop - 1]:
-                left = dict(zip(names, result if isinstance(result, tuple) else (result,), strict=True))
+                left = dict(zip(names, result, strict=True)) if isinstance(result, tuple) else {MAIN: result}
                 if held.recomputed[-1]:
                     copies = {name: tensor.clone() for name, tensor in left.items()}
                     held.fulls.append(Full(step["i"], step[id(held)], copies))

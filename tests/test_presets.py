@@ -11,7 +11,7 @@ import torch
 from cases import Case
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from published import Range, change, forecast, run
+from published import FLUX2, Range, change, forecast, run
 from running import generate
 from torch import Tensor
 from zoo import COGVIDEOX, DIT, FLUX, HUNYUAN_DIT, WAN
@@ -97,6 +97,15 @@ class Threshold:
 def test_first_block_cache(case: Case, threshold: float) -> None:
     full = assert_equal_to([Range(1, DEPTH[case], Threshold(threshold))], case, f"first-block-{threshold}")
     assert threshold < 0.3 or not all(full)
+
+
+def test_first_block_cache_where_the_model_does_something_between_blocks() -> None:
+    """One decision, and a residual for each stretch: what joins the two streams between them runs on every step."""
+    first_blocks = Threshold(0.9)
+    double = Range(1, 2, first_blocks)
+    single = Range(2, 6, lambda _, i, t: double.recomputed[i])
+    full = assert_equal_to([double, single], FLUX2, "first-block-0.9")
+    assert 1 < sum(full) < len(TIMES)
 
 
 @few
