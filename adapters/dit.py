@@ -3,5 +3,13 @@
 from __future__ import annotations
 
 from cachekit.adapter import Adapter
+from cachekit.adapters.dit_keys import to_diffusers
 
-DIT = Adapter(name="dit", classes=("DiTTransformer2DModel", "DiT"), range=1000)
+# The position embedding is computed, never trained; diffusers keeps it out of the state dict.
+DIT = Adapter(
+    name="dit",
+    classes=("DiTTransformer2DModel", "DiT"),
+    range=1000,
+    translate=to_diffusers,
+    unneeded=("pos_embed",),
+)

@@ -9,8 +9,9 @@ FLUX = Adapter(
     classes=("FluxTransformer2DModel", "ChromaTransformer2DModel"),
     range=1000,
     scale=1000,
+    main=("hidden_states", 1),
     mlp=("ff", "ff_context", "proj_mlp"),
 )
-STABLE_DIFFUSION_3 = Adapter(name="sd3", classes=("SD3Transformer2DModel",), range=1000)
+STABLE_DIFFUSION_3 = Adapter(name="sd3", classes=("SD3Transformer2DModel",), range=1000, main=("hidden_states", 1))
 WAN = Adapter(name="wan", classes=("WanTransformer3DModel",), range=1000, attention=("attn1",), mlp=("ffn",))
-COGVIDEOX = Adapter(name="cogvideox", classes=("CogVideoXTransformer3DModel",), range=1000)
+COGVIDEOX = Adapter(name="cogvideox", classes=("CogVideoXTransformer3DModel",), range=1000, main=("hidden_states", 0))

@@ -19,6 +19,7 @@ HUNYUAN_VIDEO = Adapter(
     ),
     range=1000,
     stack=r"(single_)?transformer_blocks\.\d+",
+    main=("hidden_states", 0),
     attention=("attn",),
     mlp=("ff", "proj_mlp"),
 )

@@ -19,6 +19,8 @@ LATTE_T2V = Adapter(
     unit=2,
     relayout=((_SPATIAL, _TEMPORAL), (_TEMPORAL, _SPATIAL)),
     adds=r"temporal_transformer_blocks\.0",
+    # Computed, or used in training only. The other names are the same in both classes.
+    unneeded=("pos_embed.pos_embed", "temp_pos_embed", "caption_projection.y_embedding"),
 )
 # The original class-to-video class: one list, taken in pairs.
 LATTE = Adapter(
@@ -28,4 +30,5 @@ LATTE = Adapter(
     unit=2,
     relayout=((_EVEN, _ODD), (_ODD, _EVEN)),
     adds=r"blocks\.1",
+    unneeded=("pos_embed", "temp_embed"),
 )

@@ -7,10 +7,14 @@ from cachekit.check import check
 from cachekit.errors import CachekitError, ConfigError, ModelError
 from cachekit.findings import Finding, Report
 from cachekit.graph import Cost, Graph, Visit
+from cachekit.long_skips import add_long_skips, remove_long_skips
 from cachekit.policy import Policy, Preset, Step
+from cachekit.retrofit import retrofit
 from cachekit.reuse import Forecast, Reuse
 from cachekit.schedule import Schedule, plan
 from cachekit.segments import Segment
+from cachekit.skip_files import load_long_skips, save_long_skips
+from cachekit.stages import Distillation, Stage
 from cachekit.stats import Record, Stats
 from cachekit.wrap import Handle, unwrap, wrap
 
@@ -21,6 +25,7 @@ __all__ = [
     "CachekitError",
     "ConfigError",
     "Cost",
+    "Distillation",
     "Finding",
     "Forecast",
     "Graph",
@@ -33,13 +38,19 @@ __all__ = [
     "Reuse",
     "Schedule",
     "Segment",
+    "Stage",
     "Stats",
     "Step",
     "Visit",
+    "add_long_skips",
     "check",
     "graph",
+    "load_long_skips",
     "plan",
     "policies",
+    "remove_long_skips",
+    "retrofit",
+    "save_long_skips",
     "unwrap",
     "wrap",
 ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cachekit.errors import ConfigError
 
@@ -30,8 +30,11 @@ class Adapter(BaseModel):
         unit: how many blocks in a row segments count as one (2 for a spatial and a temporal block).
         relayout: (previous, next) regular expressions of blocks between which the model only rearranges the stream.
         adds: regular expression of blocks before which the model adds to the stream, whatever ``relayout`` says.
+        main: name of the main stream's argument and its place in what a block returns, where blocks carry several streams.
         per_step: argument names (globs) that hold something new at every step, and so don't tell branches apart.
         attention, cross_attention, mlp: names within a block of these modules.
+        translate: puts a checkpoint of another repository under the names of this class.
+        unneeded: keys (globs) that such a checkpoint may have and the class does without.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,10 +49,13 @@ class Adapter(BaseModel):
     unit: PositiveInt = 1
     relayout: tuple[tuple[str, str], ...] = ()
     adds: str | None = None
+    main: tuple[str, NonNegativeInt] | None = None
     per_step: tuple[str, ...] = ("*controlnet*", "*residuals*")
     attention: tuple[str, ...] = Field(default=("attn", "attn1"))
     cross_attention: tuple[str, ...] = Field(default=("cross_attn", "attn2"))
     mlp: tuple[str, ...] = Field(default=("mlp", "ff"))
+    translate: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    unneeded: tuple[str, ...] = ()
 
     def relayouts(self, previous: str, block: str) -> bool:
         """Whether nothing but the layout changes between these two blocks."""

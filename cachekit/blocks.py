@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from cachekit.adapter import Adapter
+from cachekit.connections import LongSkips
 
 
 def find_blocks(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
@@ -23,6 +24,8 @@ def find_blocks(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
 def _search(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
+        if isinstance(child, LongSkips):
+            continue  # fusions run within blocks, whatever lists they hold
         if isinstance(child, nn.ModuleList | nn.Sequential) and _is_stack(child):
             for index, block in child.named_children():
                 yield f"{path}.{index}", block

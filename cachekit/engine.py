@@ -16,6 +16,7 @@ from torch import nn
 from cachekit.adapter import Adapter
 from cachekit.call import GraphChanged, KnownCall, Original, PlainCall
 from cachekit.decisions import Decisions
+from cachekit.errors import ModelError
 from cachekit.inputs import Inputs, Reader
 from cachekit.interceptors import WHOLE, Interceptors
 from cachekit.segments import Site
@@ -119,6 +120,21 @@ class Engine:
             self.removed = True
             self.interceptors.detach()
         self.reset()
+
+    def lift(self) -> None:
+        """Take the interceptors out for ``attach`` to put them back, and forget what is stored.
+
+        Raises:
+            ModelError: somebody else's hook lies on one of them; all are back in place then.
+        """
+        with self._lock:
+            self.interceptors.detach()
+            stuck = [patch.module for patch in self.interceptors.patches]
+        self.reset()
+        if stuck:
+            path = next((path for path, module in self.model.named_modules() if module is stuck[0]), "")
+            self.attach()
+            raise ModelError(f"another library's hook lies on the cache at {path or 'the model'!r}; cachekit.unwrap(model) first")
 
     def note(self, sentence: str) -> None:
         """Add a sentence to the statistics."""

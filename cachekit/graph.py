@@ -112,14 +112,14 @@ class Graph:
 
     @property
     def long_skips(self) -> tuple[tuple[int, int], ...]:
-        """(early visit, late visit) of each long skip connection: an input of the main stream's shape beside the stream."""
+        """(early visit, late visit) of each long skip connection: an input of the stream's size and width beside it."""
         return tuple(
             (source.visit, v) for v, visit in enumerate(self.visits) for source in visit.sources if self._is_long_skip(v, source)
         )
 
     def _is_long_skip(self, v: int, source: Source) -> bool:
         visit, early = self.visits[v], self.visits[source.visit]
-        if not early.is_block or not visit.is_block or early.signatures[0] != visit.signatures[0]:
+        if not early.is_block or not visit.is_block or not _alike(early.signatures[0], visit.signatures[0]):
             return False
         # A stream that this block takes but no longer returns (the last of two) is no long skip connection.
         carried = source.visit == v - 1 and visit.linked == "same" and source.output not in {out for _, out in visit.links}
@@ -151,6 +151,11 @@ class Graph:
                 f"{len(self.blocks)} blocks in {len(self.chains)} chains, {len(self.long_skips)} long skip connections",
             ]
         )
+
+
+def _alike(a: Signature, b: Signature) -> bool:
+    """One width and as many elements: what a model may rearrange into each other (frames of tokens, tokens over frames)."""
+    return a[1:] == b[1:] and a[0][-1:] == b[0][-1:] and torch.Size(a[0]).numel() == torch.Size(b[0]).numel()
 
 
 def _name(path: Path) -> str:

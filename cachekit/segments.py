@@ -226,11 +226,9 @@ def _runs(graph: Graph, members: list[int], reuse: Reuse) -> list[list[int]]:
 
 def _lay_run(graph: Graph, owner: dict[int, int], site: int, run: list[int], actions: list[Action | None]) -> None:
     """Fill in the actions of one stretch: its end is held, and whatever a block outside it takes from within."""
+    # What the same segment takes from itself it never needs on its own: it is recomputed or reused as one.
     taken = {
-        (source.visit, source.output)
-        for v, visit in enumerate(graph.visits)
-        for source in visit.sources
-        if owner.get(v) != site or v not in run
+        (source.visit, source.output) for v, visit in enumerate(graph.visits) for source in visit.sources if owner.get(v) != site
     }
     entry: dict[Path, Path] = {}
     for v in run:

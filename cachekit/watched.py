@@ -47,9 +47,10 @@ class WatchedCall(PlainCall):
         v = len(self.recomputed)
         self.watch.before(block, self.kinds[block], args, kwargs)
         for path, (source, output) in self.watch.seen[v].origins.items():
-            if source < v - 1 and output not in self._outputs.setdefault(source, {}):
-                self._outputs[source][output] = pick(args, kwargs, path).detach().clone()
+            if source < v - 1:
                 self._kept.add(source)
+                if output not in self._outputs.setdefault(source, {}):
+                    self._outputs[source][output] = pick(args, kwargs, path).detach().clone()
         if self._entering or v in self._probed:
             self._inputs[v] = {path: tensor.detach().clone() for path, tensor in arguments(args, kwargs)}
         result = super().visit(block, original, args, kwargs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -121,6 +121,24 @@ def unwrap(model: M) -> M:
         handle._engine.detach()
         del model.__dict__["cachekit"]
     return model
+
+
+@contextmanager
+def beneath(model: nn.Module) -> Iterator[None]:
+    """Take a wrapped model's interceptors off for as long as something is put beneath them. What is stored is forgotten.
+
+    Raises:
+        ModelError: somebody else's hook lies on one of them.
+    """
+    handle = model.__dict__.get("cachekit")
+    if not isinstance(handle, Handle):
+        yield
+        return
+    handle._engine.lift()
+    try:
+        yield
+    finally:
+        handle._engine.attach()
 
 
 def _refuse_nesting(model: nn.Module) -> None:

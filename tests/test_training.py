@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cachekit
 from cachekit.demo.fashion import new_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +60,21 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(data: Path, tmp_pa
     embedder = whole["transformer_blocks.3.norm1.emb.timestep_embedder.linear_1.weight"]
     columns = embedder.abs().amax(0)
     assert not columns[:57].any() and columns[58:128].all() and not columns[128:185].any() and columns[186:].all()
+
+
+@pytest.mark.slow
+def test_a_skip_dit_from_scratch(data: Path, tmp_path: Path) -> None:
+    """Stopped or not it ends alike, and what is exported fits the plain shape with the paper's long skip connections."""
+    short = ("--data", data, "--steps", 4, "--batch", 4, "--checkpoints", 2)
+    for out, stops in (("whole", [4]), ("parts", [2, 4])):
+        for until in stops:
+            export = ("--out", tmp_path / out, "--export", tmp_path / f"{out}.safetensors", "--until", until)
+            done = script("image_skip_dit.py", *short, *export)
+            assert done.returncode == 0, done.stderr
+    whole, parts = (load_file(tmp_path / f"{out}.safetensors") for out in ("whole", "parts"))
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    model = cachekit.add_long_skips(new_model(), fusion="paper")
+    model.load_state_dict({key: value.float() for key, value in whole.items()})
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from cases import Case, Conditioning, Shape, floating, image, own_dtype, paths, thousandth, video, whole
@@ -279,3 +281,15 @@ COGVIDEOX = Case(
 WAN = Case("WanTransformer3DModel", _wan, floating, video(4), _wan_condition, paths("blocks", 6))
 
 CASES = (DIT, PIXART, LATTE, HUNYUAN_DIT, HUNYUAN_VIDEO, FLUX, SD3, COGVIDEOX, WAN)
+
+
+def deeper(case: Case, depth: int) -> Case:
+    """The case with so many blocks in each of its lists."""
+
+    def make() -> nn.Module:
+        model: Any = case.make()
+        made: nn.Module = type(model).from_config({**model.config, "num_layers": depth})
+        return made
+
+    names = dict.fromkeys(path.rpartition(".")[0] for path in case.stack)
+    return replace(case, make=make, stack=tuple(f"{name}.{i}" for i in range(depth) for name in names))

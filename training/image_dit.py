@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import fashion_mnist
@@ -70,11 +71,17 @@ def batch(images: Tensor, labels: Tensor, size: int, seed: int, step: int) -> tu
     return images[index], labels[index], noise, t
 
 
-def train(args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
+def plain(args: argparse.Namespace) -> nn.Module:
+    """The model to train, drawn from torch's global generator."""
     model = new_model()
     initialise(model)
+    return model
+
+
+def train(args: argparse.Namespace, make: Callable[[argparse.Namespace], nn.Module] = plain) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    model = make(args)
     ema = {key: value.clone() for key, value in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     images, labels = fashion_mnist.load(args.data, "train")
@@ -116,8 +123,8 @@ def train(args: argparse.Namespace) -> None:
         save_file({key: value.half().contiguous() for key, value in ema.items()}, args.export)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with Fashion-MNIST's gzipped IDX files")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint.pt and log.jsonl")
     parser.add_argument("--export", type=Path, help="write the averaged weights here, in half precision")
@@ -127,7 +134,11 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=500, help="steps from one checkpoint to the next")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    train(parser.parse_args())
+    return parser
+
+
+def main() -> None:
+    train(arguments(__doc__).parse_args())
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ def sample_grid(target: Target, title: str, found: Sequence[Measured], path: Pat
     if target.pixels is None:
         return
     rows = [target.pixels(torch.cat(each.samples)[:MOST_IMAGES]).numpy() for each in found]
-    count, height = len(rows[0]), 0.62
-    figure = plt.figure(figsize=(3.6 + height * count, 0.9 + height * len(rows)), layout="none")
-    left, top = 3.5 / figure.get_figwidth(), 1 - 0.7 / figure.get_figheight()
+    labels = [_described(each, found[0]) for each in found]
+    count, height, margin = len(rows[0]), 0.62, 0.3 + 0.073 * max(map(len, labels))
+    figure = plt.figure(figsize=(margin + 0.1 + height * count, 0.6 + height * len(rows)), layout="none")
+    left, top = margin / figure.get_figwidth(), 1 - 0.45 / figure.get_figheight()
     box = figure.add_axes((left, 0.1 / figure.get_figheight(), 0.99 - left, top - 0.1 / figure.get_figheight()))
     box.imshow(_joined(rows), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    box.set_yticks([(k + 0.5) * rows[0].shape[2] for k in range(len(rows))], [_described(each, found[0]) for each in found])
+    box.set_yticks([(k + 0.5) * rows[0].shape[2] for k in range(len(rows))], labels)
     box.set_xticks([])
     box.tick_params(length=0, labelsize=9)
     for spine in box.spines.values():

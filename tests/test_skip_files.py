@@ -1,0 +1,136 @@
+"""Saving and loading long skip connections."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import original_zoo
+import pytest
+import torch
+from adding import Mean, output, shaken
+from cases import Case
+from running import TIMES, assert_equal, generate
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from wrapping import identical, snapshot
+from zoo import DIT, LATTE, SD3, deeper
+
+import cachekit
+from cachekit.policies import every
+
+State = dict[str, Tensor]
+some_cases = pytest.mark.parametrize("case", [DIT, LATTE, SD3], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@some_cases
+@pytest.mark.parametrize("fusion", ["paper", "residual", "spectral"])
+def test_round_trip(case: Case, fusion: str, tmp_path: Path) -> None:
+    model = shaken(cachekit.add_long_skips(case.build(), fusion=fusion, seed=0))
+    cachekit.save_long_skips(model, tmp_path / "skips.safetensors")
+    state = torch.get_rng_state()
+    other = cachekit.load_long_skips(case.build(), tmp_path / "skips.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert other.long_skips.fusion == fusion and other.long_skips.pairs == model.long_skips.pairs
+    assert torch.equal(output(other, case), output(model, case))
+    there = cachekit.add_long_skips(case.build(), fusion=fusion)
+    assert cachekit.load_long_skips(there, str(tmp_path / "skips.safetensors")) is there
+    assert torch.equal(output(there, case), output(model, case))
+
+
+def test_other_pairs_and_a_wrapped_model(tmp_path: Path) -> None:
+    model = shaken(cachekit.add_long_skips(DIT.build(), pairs=[(2, 4), (0, 3)]))
+    cachekit.save_long_skips(model, tmp_path / "skips.safetensors")
+    other = cachekit.load_long_skips(cachekit.wrap(DIT.build(), every(2)), tmp_path / "skips.safetensors")
+    assert other.long_skips.pairs == ((0, 3), (2, 4))
+    assert_equal(generate(other, DIT, TIMES), generate(cachekit.wrap(model, every(2)), DIT, TIMES))
+
+
+def test_a_file_holds_nothing_else(tmp_path: Path) -> None:
+    model = cachekit.add_long_skips(DIT.build())
+    cachekit.save_long_skips(model, tmp_path / "skips.safetensors")
+    held = sum(parameter.numel() * 4 for parameter in model.long_skips.parameters())
+    assert held < (tmp_path / "skips.safetensors").stat().st_size < held + 4096
+
+
+def test_a_state_dict_loads_into_a_model_that_has_them() -> None:
+    model = shaken(cachekit.add_long_skips(DIT.build(), fusion="paper", seed=0))
+    state = model.state_dict()
+    with pytest.raises(cachekit.ConfigError, match=r"add_long_skips\(model, fusion=...\) first"):
+        cachekit.load_long_skips(DIT.build(), state)
+    other = cachekit.load_long_skips(cachekit.add_long_skips(DIT.build(), fusion="paper"), state)
+    assert torch.equal(output(other, DIT), output(model, DIT))
+
+
+def test_fusions_of_a_users_own(tmp_path: Path) -> None:
+    path = tmp_path / "skips.safetensors"
+    model = shaken(cachekit.add_long_skips(DIT.build(), fusion=Mean))
+    cachekit.save_long_skips(model, path)
+    with pytest.raises(cachekit.ConfigError, match=r"custom Mean.*add_long_skips"):
+        cachekit.load_long_skips(DIT.build(), path)
+    other = cachekit.load_long_skips(cachekit.add_long_skips(DIT.build(), fusion=Mean), path)
+    assert torch.equal(output(other, DIT), output(model, DIT))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (deeper(DIT, 4), "blocks 6, here 4"),
+        (SD3, "class DiTTransformer2DModel, here SD3Transformer2DModel"),
+        (original_zoo.DIT, "class DiTTransformer2DModel, here DiT"),
+    ],
+    ids=str,
+)
+def test_another_model_is_refused_and_unchanged(other: Case, message: str, tmp_path: Path) -> None:
+    cachekit.save_long_skips(cachekit.add_long_skips(DIT.build()), tmp_path / "skips.safetensors")
+    model = other.build()
+    before = snapshot(model)
+    with pytest.raises(cachekit.ModelError, match=message):
+        cachekit.load_long_skips(model, tmp_path / "skips.safetensors")
+    assert identical(before, snapshot(model))
+
+
+def test_other_shapes_are_another_model(tmp_path: Path) -> None:
+    cachekit.save_long_skips(cachekit.add_long_skips(original_zoo.DIT.build()), tmp_path / "skips.safetensors")
+    model = original_zoo.DIT.build()
+    model.y_embedder = nn.Embedding(5, 24)
+    with pytest.raises(cachekit.ModelError, match="names or shapes of parameters"):
+        cachekit.load_long_skips(model, tmp_path / "skips.safetensors")
+
+
+def test_what_holds_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(cachekit.ConfigError, match="no long skip connections in it"):
+        cachekit.load_long_skips(DIT.build(), DIT.build().state_dict())
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(cachekit.ConfigError, match="no long skip connections in it"):
+        cachekit.load_long_skips(DIT.build(), tmp_path / "other.safetensors")
+    with pytest.raises(cachekit.ConfigError, match=r"state\['ema'\]"):
+        cachekit.load_long_skips(DIT.build(), {"ema": {}, "model": {}})  # type: ignore[dict-item]
+    with pytest.raises(cachekit.ModelError, match="add_long_skips"):
+        cachekit.save_long_skips(DIT.build(), tmp_path / "skips.safetensors")
+
+
+def test_others_than_the_models_are_refused(tmp_path: Path) -> None:
+    cachekit.save_long_skips(cachekit.add_long_skips(DIT.build()), tmp_path / "skips.safetensors")
+    for options in ({"fusion": "paper"}, {"pairs": [(0, 5)]}):
+        model = cachekit.add_long_skips(DIT.build(), **options)
+        with pytest.raises(cachekit.ConfigError, match="other long skip connections"):
+            cachekit.load_long_skips(model, tmp_path / "skips.safetensors")
+    with pytest.raises(cachekit.ModelError, match=r"missing: .*unknown: "):
+        cachekit.load_long_skips(model, cachekit.add_long_skips(DIT.build(), pairs=[(1, 4)]).state_dict())
+
+
+def test_without_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = cachekit.add_long_skips(DIT.build())
+    for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for call in (cachekit.save_long_skips, cachekit.load_long_skips):
+        with pytest.raises(cachekit.ConfigError, match="pip install safetensors"):
+            call(model, tmp_path / "skips.safetensors")
