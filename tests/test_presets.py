@@ -36,6 +36,8 @@ from cachekit.policy import Preset
 from cachekit.reuse import Forecast
 
 TIMES = tuple(float(t) for t in range(950, 100, -70))
+# As a flow's shifted grid: short steps at first, long ones at the end.
+UNEVEN = (990.0, 980.0, 965.0, 945.0, 920.0, 890.0, 850.0, 800.0, 735.0, 650.0, 540.0, 390.0, 180.0)
 DEPTH = {DIT: 6, WAN: 6, COGVIDEOX: 6, FLUX: 7}
 
 # One stream; two that are returned in this order and in that; two kinds of block.
@@ -49,13 +51,15 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-def ours(case: Case, policy: Any, steps: int | None = len(TIMES), **options: Any) -> tuple[list[Tensor], Any]:
+def ours(
+    case: Case, policy: Any, steps: int | None = len(TIMES), times: Sequence[float] = TIMES, **options: Any
+) -> tuple[list[Tensor], Any]:
     """The predictions of a wrapped model, in a session that knows its steps or in none, and the model."""
     model = cachekit.wrap(case.build(), policy, **options)
     if steps is None:
-        return generate(model, case, TIMES), model
+        return generate(model, case, times), model
     with model.cachekit.session(steps=steps), model.cachekit.branch("only"):
-        return generate(model, case, TIMES), model
+        return generate(model, case, times), model
 
 
 def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
@@ -155,7 +159,8 @@ PERIODS = {"taylorseer-2": 4, "taylorseer-warm-up": 4, "hicache-2": 4}
 
 @pytest.mark.parametrize("case", (DIT, FLUX), ids=str)
 @pytest.mark.parametrize("name", FORECASTS)
-def test_forecasts_of_the_whole_stack(case: Case, name: str) -> None:
+@pytest.mark.parametrize("times", (TIMES, UNEVEN), ids=("even", "uneven"))
+def test_forecasts_of_the_whole_stack(case: Case, name: str, times: Sequence[float]) -> None:
     """The papers' differences, step by step, instead of weights; the number of the step is their time.
 
     The samples are given, so that no error is carried from step to step. A forecast adds up three values with weights whose
@@ -165,8 +170,8 @@ def test_forecasts_of_the_whole_stack(case: Case, name: str) -> None:
     """
     preset, formula = FORECASTS[name]
     held = Range(0, DEPTH[case], due(PERIODS.get(name, 3), 1 if name.endswith("warm-up") else 3), forecast(formula))
-    expected = run(case, case.build(), TIMES, [held])
-    found, model = ours(case, preset)
+    expected = run(case, case.build(), times, [held])
+    found, model = ours(case, preset, times=times)
     assert [all(record.recomputed) for record in model.cachekit.stats.records] == held.recomputed
     assert 3 <= sum(held.recomputed) < len(TIMES) / 1.5
     for a, b in zip(found, expected, strict=True):

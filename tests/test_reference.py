@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from drawing import heun, policies, runs
-from hypothesis import given
+from drawing import fronts, heun, policies, probes, runs
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import Reference, Site
 from stack_blocks import ORDERED
@@ -94,6 +94,17 @@ def test_units_of_blocks_equal_the_plain_loop(case: Case, data: st.DataObject, r
     case = replace(case.wide(), segments=units, policy=data.draw(policies()))
     sites = [replace(site, visits=range(2 * site.visits[0], 2 * site.visits[-1] + 2)) for site in sites_of(case, case.spec.depth)]
     for ours, theirs, _, _ in both(case, run, sites, adapter):
+        assert same(ours, theirs, sites)
+
+
+@given(cases(model=False, layouts=ORDERED, plain=True), probes | fronts, st.integers(1, 8), doubles)
+def test_probes_of_blocks_that_write_into_their_input(case: Case, policy: Any, at: int, run: Run) -> None:
+    """What entered them is noted before they do."""
+    depth = case.spec.depth
+    assume(depth >= 2)
+    spec = replace(case.spec, in_place=frozenset(range(depth)))
+    case = replace(case, spec=spec, policy=policy, segments=(1 + (at - 1) % (depth - 1), depth)).wide()
+    for ours, theirs, _, sites in both(case, run):
         assert same(ours, theirs, sites)
 
 

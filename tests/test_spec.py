@@ -167,6 +167,8 @@ def test_a_preset_in_a_combination_keeps_its_segments_and_joins_their_policies()
         front, rear = parse_policy(spec).segments
         assert (front.start, front.stop, rear.start, rear.stop) == (0, 3, -3, None)
         assert parse_policy(rear.policy).policy == policy
+    front, _ = (Preset(first(4)) & delta_dit(2, 3)).segments
+    assert parse_policy(front.policy).policy == first(4) & (every(2) | stage(0.5))
     assert parse_policy("delta-dit-2-3 | delta-dit-2-3").segments == delta_dit(2, 3).segments
     with pytest.raises(cachekit.ConfigError, match="two presets with different segments"):
         parse_policy("first-block-0.1 | taylorseer-3")
