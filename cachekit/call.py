@@ -37,7 +37,8 @@ class KnownCall(PlainCall):
     def __init__(self, graph: Graph, layout: Layout, decisions: Decisions) -> None:
         super().__init__()
         self.graph, self.layout, self.decisions = graph, layout, decisions
-        self._probed = {first - 1 for first in layout.firsts if first}
+        self._spans = {span for spans in layout.spans for span in spans.values()}
+        self._opened: dict[tuple[int, Path], Tensor] = {}
         self._entering: dict[int, dict[Path, Tensor]] = {}
         self._returned: dict[Path, tuple[Tensor, int | None]] = {}
 
@@ -53,15 +54,17 @@ class KnownCall(PlainCall):
         visit, action = self.graph.visits[v], self.layout.actions[v]
         self._check(visit, args, kwargs)
         runs = action is None or self.decisions.recompute(action.site)
-        before = self._before(v, visit, action, runs, args, kwargs)
+        self._before(v, visit, action, runs, args, kwargs)
         if runs:
             result = super().visit(block, original, args, kwargs)
             self._store(v, action, result)
         else:
             self.recomputed.append(False)
             result = self._instead(v, visit, action, args, kwargs) if action is not None else None
-        if before is not None:
-            self.decisions.residuals[v] = get(result, visit.streams[0][1]).detach() - before
+        for span in self._spans:
+            if span.end == v:
+                entered = self._opened[span.start, span.enters]
+                self.decisions.residuals[span] = get(result, span.leaves).detach() - entered
         self._returned = {path: (tensor, _version(tensor)) for path, tensor in tensors(result)}
         return result
 
@@ -87,15 +90,14 @@ class KnownCall(PlainCall):
 
     def _before(
         self, v: int, visit: Visit, action: Action | None, runs: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor | None:
-        """Note what enters a stretch of a segment, and the main stream before a probe block (as copies: blocks may write)."""
+    ) -> None:
+        """Note what enters a stretch of a segment, and what a policy's probe counts from (as copies: blocks may write)."""
         if action is not None and action.run == v and self.decisions.sites[action.site].reuse.beta:
             entering = {path: pick(args, kwargs, path).detach() for path, _ in visit.streams}
             self._entering[v] = {path: tensor.clone() for path, tensor in entering.items()} if runs else entering
-        if v not in self._probed or not visit.streams:
-            return None
-        main: Tensor = pick(args, kwargs, visit.streams[0][0]).detach()
-        return main.clone() if runs else main
+        for span in self._spans:
+            if span.start == v:
+                self._opened[v, span.enters] = pick(args, kwargs, span.enters).detach().clone()
 
     def _entry(self, action: Action, path: Path) -> Tensor | None:
         entering, at = self._entering.get(action.run), dict(action.entry).get(path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from cachekit.policy import Step
 from cachekit.reuse import History
-from cachekit.segments import Site
+from cachekit.segments import Site, Span
 from cachekit.session import Branch
 from cachekit.tree import Path
 
@@ -21,7 +22,7 @@ class Decisions:
         self.branch, self.sites, self.step = branch, sites, step
         self.waits = 0
         self.made: dict[int, bool] = {}
-        self.residuals: dict[int, Tensor] = {}
+        self.residuals: dict[Span, Tensor] = {}
 
     def recompute(self, k: int) -> bool:
         """Whether segment k is computed in this call. Nothing stored forces it, whatever the policy says."""
@@ -30,11 +31,17 @@ class Decisions:
         return self.made[k]
 
     def _seen_by(self, k: int) -> Step:
-        first = self.branch.layout.firsts[k] if self.branch.layout is not None else None
-        return dataclasses.replace(self.step, probe=functools.partial(self._change, k, first - 1)) if first else self.step
+        if self.branch.layout is None or not self.branch.layout.firsts[k]:
+            return self.step
+        probe, front = (functools.partial(self._change, k, kind) for kind in ("probe", "front"))
+        return dataclasses.replace(self.step, probe=probe, front=front)
 
-    def _change(self, k: int, v: int) -> float:
-        then, now = self.branch.probes.get(k), self.residuals.get(v)
+    def _spans(self, k: int) -> Mapping[str, Span]:
+        return self.branch.layout.spans[k] if self.branch.layout is not None else {}
+
+    def _change(self, k: int, kind: str) -> float:
+        span = self._spans(k).get(kind)
+        then, now = self.branch.probes.get((k, kind)), self.residuals.get(span) if span is not None else None
         if then is None or now is None or then.shape != now.shape:
             return float("inf")
         change = (now - then).abs().mean() / then.abs().mean()
@@ -46,9 +53,9 @@ class Decisions:
         for k, recomputed in self.made.items():
             policy, step = self.sites[k].policy, self._seen_by(k)
             self.branch.states[k] = policy.update(self.branch.states[k], step, recomputed)
-            first = self.branch.layout.firsts[k] if self.branch.layout is not None else None
-            if recomputed and first and "probe" in policy.required() and first - 1 in self.residuals:
-                self.branch.probes[k] = self.residuals[first - 1]
+            for kind, span in self._spans(k).items():
+                if recomputed and span in self.residuals:
+                    self.branch.probes[k, kind] = self.residuals[span]
 
     def keep(self, k: int, v: int, path: Path, value: Tensor, entry: Tensor | None) -> None:
         """Store one value of segment k: the output, less beta times what entered."""

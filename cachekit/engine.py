@@ -270,7 +270,7 @@ class Engine:
         known["end"] = known["steps"] or self.adapter.range is not None
         for need in {need for site in self.sites for need in site.policy.required() if not known.get(need, True)}:
             what = "the number of steps is not" if need == "steps" else "neither the number of steps nor the timesteps' range is"
-            self.note(f"the guard of the last steps was off: {what} known; sample within model.cachekit.session(steps=...)")
+            self.note(f"a policy that counts from the end was off: {what} known; sample within model.cachekit.session(steps=...)")
 
     def _count_bytes(self, lane: Lane) -> None:
         generation = lane.generation

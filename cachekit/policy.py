@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ConfigDict
@@ -14,6 +14,9 @@ S = TypeVar("S")
 
 # For policies and reuses: without it pydantic ignores a misspelt keyword, and the default is used in silence.
 STRICT = ConfigDict(extra="forbid")
+
+# What looks at the blocks before the segment, and can't be without them.
+PROBES = frozenset({"probe", "front"})
 
 NO_PROBE = (
     "change() watches the block before the segment, and there is none here; leave the first block out, "
@@ -44,6 +47,7 @@ class Step:
     node: int = 0
     branch: str = ""
     probe: Callable[[], float] | None = field(default=None, repr=False, compare=False)
+    front: Callable[[], float] | None = field(default=None, repr=False, compare=False)
 
     @property
     def change(self) -> float:
@@ -58,6 +62,19 @@ class Step:
             raise ConfigError(NO_PROBE)
         return self.probe()
 
+    @property
+    def front_change(self) -> float:
+        """As ``change``, of what the blocks before the segment add together, as far back as each gets what the one before returned.
+
+        Behind one block it is ``change``.
+
+        Raises:
+            ConfigError: as ``change``.
+        """
+        if self.front is None:
+            raise ConfigError(NO_PROBE)
+        return self.front()
+
 
 class Policy(Generic[S]):
     """Which steps to *recompute*. Immutable: all that changes is the state, which the session keeps per branch.
@@ -67,8 +84,9 @@ class Policy(Generic[S]):
     Whether anything is stored yet is the session's business: it recomputes then, whatever the policy says.
 
     Attributes:
-        needs: what the policy can't work without: ``"probe"`` (``step.change``), ``"steps"`` (``step.steps``),
-            ``"end"`` (``step.steps`` or ``step.range``). Where it is missing, stats say so, or wrap raises (probe).
+        needs: what the policy can't work without: ``"probe"`` (``step.change``), ``"front"`` (``step.front_change``), ``"steps"``
+            (``step.steps``), ``"end"`` (``step.steps`` or ``step.range``). Where it is missing, stats say so, or wrap raises
+            (probe, front).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -129,18 +147,29 @@ class AllOf(_Pair):
         return self.a.decide(state[0], step) and self.b.decide(state[1], step)
 
 
+def _joined(segments: Any, combine: Callable[[Any], Any]) -> Any:
+    """Segments, with those policies combined that some have of their own: theirs are asked, not the preset's."""
+    from cachekit.spec import parse_policy
+
+    if isinstance(segments, list | tuple):
+        return type(segments)(_joined(segment, combine) for segment in segments)
+    own = getattr(segments, "policy", None)
+    return segments if own is None else replace(segments, policy=combine(parse_policy(own)))
+
+
 @dataclass(frozen=True)
 class Preset:
     """A policy together with the segments and the reuse that it was tuned or published with.
 
-    ``wrap``'s own ``segments=`` and ``reuse=`` win over both. Combined with a policy by ``|`` or ``&`` it keeps them.
+    ``wrap``'s own ``segments=`` and ``reuse=`` win over both. Combined with a policy by ``|`` or ``&`` it keeps them; segments
+    with policies of their own are each combined with it.
     """
 
     policy: Policy[Any]
     segments: Any = None
     reuse: Any = None
 
-    def _join(self, other: Any, combine: Callable[[Policy[Any], Policy[Any]], Policy[Any]]) -> Preset:
+    def _join(self, other: Any, combine: Callable[[Any, Any], Any]) -> Preset:
         if isinstance(other, Policy):
             other = Preset(other)
         if not isinstance(other, Preset):
@@ -151,7 +180,12 @@ class Preset:
                 raise ConfigError(
                     f"two presets with different {name} ({ours!r}, {theirs!r}): combine their policies, or give {name}="
                 )
-        return Preset(combine(self.policy, other.policy), self.segments or other.segments, self.reuse or other.reuse)
+        segments = self.segments
+        if segments is None:
+            segments = _joined(other.segments, lambda own: combine(self.policy, own))
+        elif other.segments is None:
+            segments = _joined(segments, lambda own: combine(own, other.policy))
+        return Preset(combine(self.policy, other.policy), segments, self.reuse or other.reuse)
 
     def __or__(self, other: Any) -> Preset:
         return self._join(other, lambda a, b: a | b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +118,28 @@ class Action:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Visits whose residual of the main stream a policy looks at: where it enters the first, and where it leaves the last."""
+
+    start: int
+    enters: Path
+    end: int
+    leaves: Path
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The actions of a graph's visits, and the visit at which each segment's decision falls."""
+    """The actions of a graph's visits.
+
+    Attributes:
+        actions: of each visit, None outside every segment.
+        firsts: the visit at which each segment's decision falls; None for one that covers no block.
+        spans: for each segment what its policy looks at, by what the policy calls it (``Policy.needs``).
+    """
 
     actions: tuple[Action | None, ...]
     firsts: tuple[int | None, ...]
+    spans: tuple[Mapping[str, Span], ...]
 
     def notes(self, graph: Graph, sites: tuple[Site, ...]) -> set[str]:
         """A sentence for each segment that covers no block of this graph."""
@@ -160,7 +178,30 @@ def lay_out(graph: Graph, sites: tuple[Site, ...], unit: int) -> Layout:
         for run in _runs(graph, [v for v in blocks if owner.get(v) == k], site.reuse):
             _lay_run(graph, owner, k, run, actions)
     firsts = tuple(min((v for v, o in owner.items() if o == k), default=None) for k in range(len(sites)))
-    return Layout(tuple(actions), firsts)
+    spans = tuple(_spans(graph, first, site.policy.required()) for first, site in zip(firsts, sites, strict=True))
+    return Layout(tuple(actions), firsts, spans)
+
+
+def _spans(graph: Graph, first: int | None, needs: frozenset[str]) -> dict[str, Span]:
+    found = {}
+    if first and graph.visits[first - 1].streams:
+        enters, leaves = graph.visits[first - 1].streams[0]
+        if "probe" in needs:
+            found["probe"] = Span(first - 1, enters, first - 1, leaves)
+        if "front" in needs:
+            found["front"] = Span(*_back(graph, first - 1, enters), first - 1, leaves)
+    return found
+
+
+def _back(graph: Graph, v: int, path: Path) -> tuple[int, Path]:
+    """The first visit of a chain up to v, and where the stream that enters v at this path enters that one."""
+    while graph.visits[v].linked == "same":
+        output = dict(graph.visits[v].links).get(path)
+        before = next((enters for enters, leaves in graph.visits[v - 1].streams if leaves == output), None)
+        if before is None:
+            break
+        v, path = v - 1, before
+    return v, path
 
 
 def _check_range(segment: Segment, units: int) -> None:

@@ -46,7 +46,7 @@ class Branch:
     layout: Layout | None = None
     structure: Any = None
     store: dict[Key, History] = field(default_factory=dict)
-    probes: dict[int, Tensor] = field(default_factory=dict)
+    probes: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     ready: set[int] = field(default_factory=set)
     states: list[Any] = field(default_factory=list)
 

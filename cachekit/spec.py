@@ -116,20 +116,30 @@ def make(leaf: str, known: Known, *, kind: str, advice: str) -> Any:
     """
     match = _LEAF.fullmatch(leaf)
     if match is None or match["name"] not in known:
-        listed = ", ".join(sorted(_usage(name, found) for name, found in known.items()))
+        listed = ", ".join(sorted(usage(name, found) for name, found in known.items()))
         raise ConfigError(f"unknown {kind} {leaf!r}; known: {listed}; {advice}")
     maker = _load(match["name"], known[match["name"]])
     numbers = re.findall(_NUMBER, match["numbers"] or "")
     try:
         return maker(*(float(number) if "." in number or "e" in number else int(number) for number in numbers))
     except (ValidationError, TypeError) as error:
-        raise ConfigError(f"{leaf!r} does not fit {_usage(match['name'], maker)}: {error}") from error
+        raise ConfigError(f"{leaf!r} does not fit {usage(match['name'], maker)}: {error}") from error
 
 
-def _usage(name: str, found: Callable[..., Any] | EntryPoint) -> str:
+def usage(name: str, found: Callable[..., Any] | EntryPoint) -> str:
+    """How a spec of this name is written, such as ``"outside-START-CLOSE"``."""
     try:
         given = inspect.signature(_load(name, found)).parameters.values()
     except ConfigError:
         return f"{name} (can't be loaded)"
     names = [parameter.name.upper() for parameter in given if parameter.kind is not parameter.KEYWORD_ONLY]
     return "-".join([name, *names]) if name != "N" else f"N{'-'.join(names)}"
+
+
+def summary(name: str, found: Callable[..., Any] | EntryPoint) -> str:
+    """The first paragraph of the docstring of what makes it, on one line; why it can't be loaded where it can't."""
+    try:
+        text = inspect.getdoc(_load(name, found)) or ""
+    except ConfigError as error:
+        return str(error)
+    return " ".join(text.split("\n\n")[0].split()).replace("``", "")

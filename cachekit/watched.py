@@ -10,7 +10,7 @@ from cachekit.adapter import Adapter
 from cachekit.call import Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
-from cachekit.policy import NO_PROBE
+from cachekit.policy import NO_PROBE, PROBES
 from cachekit.segments import lay_out
 from cachekit.tree import Path, arguments, pick, tensors
 from cachekit.watch import Watch
@@ -30,12 +30,15 @@ class WatchedCall(PlainCall):
         self._outputs: dict[int, dict[Path, Tensor]] = {}
         self._inputs: dict[int, dict[Path, Tensor]] = {}
         self._kept: set[int] = set()
-        self._residual = any(site.reuse.beta for site in decisions.sites)
+        needs = frozenset[str]().union(*(site.policy.required() for site in decisions.sites))
+        # Whatever counts from where a chain starts needs what entered there.
+        self._entering = "front" in needs or any(site.reuse.beta for site in decisions.sites)
         segments = [site.segment for site in decisions.sites if not site.segment.is_model]
-        self._starts = {segment.start * adapter.unit for segment in segments if isinstance(segment.start, int)}
+        starts = [segment.start * adapter.unit for segment in segments if isinstance(segment.start, int)]
+        # A start counted from the back is a guess: that the model calls each of its blocks once.
+        self._starts = {start if start >= 0 else len(kinds) + start for start in starts}
         self._ends = {segment.stop * adapter.unit - 1 for segment in segments if segment.stop}
-        probing = any("probe" in site.policy.required() for site in decisions.sites)
-        self._probed = {start - 1 for start in self._starts} if probing else set()
+        self._probed = {start - 1 for start in self._starts} if needs & PROBES else set()
         # An end counted from the back is among this many last outputs.
         self._window = (1 - min([0, *(end + 1 for end in self._ends)])) + adapter.unit
 
@@ -48,7 +51,7 @@ class WatchedCall(PlainCall):
                 self._kept.add(source)
                 if output not in self._outputs.setdefault(source, {}):
                     self._outputs[source][output] = pick(args, kwargs, path).detach().clone()
-        if self._residual or v in self._probed:
+        if self._entering or v in self._probed:
             self._inputs[v] = {path: tensor.detach().clone() for path, tensor in arguments(args, kwargs)}
         result = super().visit(block, original, args, kwargs)
         if self.watch.after(result) != "same":
@@ -80,13 +83,13 @@ class WatchedCall(PlainCall):
                     lacking.add(action.site)
                 else:
                     self.decisions.keep(action.site, v, path, value, entry)
-        for v in self._probed & self._outputs.keys() & self._inputs.keys():
-            if v < len(graph.visits) and graph.visits[v].streams:
-                enters, leaves = graph.visits[v].streams[0]
-                self.decisions.residuals[v] = self._outputs[v][leaves] - self._inputs[v][enters]
+        for span in (span for spans in layout.spans for span in spans.values()):
+            left, entered = self._outputs.get(span.end, {}).get(span.leaves), self._inputs.get(span.start, {}).get(span.enters)
+            if left is not None and entered is not None:
+                self.decisions.residuals[span] = left - entered
         covered = {action.site for action in layout.actions if action is not None}
         for k in covered:
-            if "probe" in sites[k].policy.required() and not layout.firsts[k]:
+            if PROBES & sites[k].policy.required() and not layout.firsts[k]:
                 raise ConfigError(NO_PROBE)
         branch.ready |= covered - lacking
         for k in covered:

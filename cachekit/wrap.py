@@ -12,7 +12,7 @@ from cachekit.adapter import Adapter, adapter_for
 from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
 from cachekit.interceptors import owner_of
-from cachekit.policy import NO_PROBE, Preset
+from cachekit.policy import NO_PROBE, PROBES, Preset
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, parse_segments
 from cachekit.session import Generation, Name
@@ -159,7 +159,7 @@ def _sites(preset: Preset, segments: Any, reuse: Any) -> tuple[Site, ...]:
     for segment in parse_segments(segments if segments is not None else preset.segments):
         own = preset if segment.policy is None else parse_policy(segment.policy)
         chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
-        if segment.is_model and "probe" in own.policy.required():
+        if segment.is_model and PROBES & own.policy.required():
             raise ConfigError(NO_PROBE)
         made.append(Site(segment, own.policy, parse_reuse(chosen)))
     if sum(site.segment.is_model for site in made) > 1:

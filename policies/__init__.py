@@ -6,19 +6,48 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from cachekit.policies.adacache import adacache
 from cachekit.policies.at_most import at_most
 from cachekit.policies.change import change
+from cachekit.policies.dbcache import dbcache
+from cachekit.policies.delta_dit import delta_dit
 from cachekit.policies.every import every
 from cachekit.policies.first import first
+from cachekit.policies.first_block import first_block
+from cachekit.policies.foca import foca
+from cachekit.policies.front_change import front_change
+from cachekit.policies.hicache import hicache
 from cachekit.policies.last import last, tail
+from cachekit.policies.magcache import magcache
 from cachekit.policies.moved import moved
 from cachekit.policies.outside import outside
 from cachekit.policies.skip_cache import skip_cache
 from cachekit.policies.skip_every import skip_every
+from cachekit.policies.taylorseer import taylorseer
 
-__all__ = ["at_most", "change", "every", "first", "last", "moved", "outside", "skip_cache", "skip_every", "tail"]
+__all__ = [
+    "adacache",
+    "at_most",
+    "change",
+    "dbcache",
+    "delta_dit",
+    "every",
+    "first",
+    "first_block",
+    "foca",
+    "front_change",
+    "hicache",
+    "last",
+    "magcache",
+    "moved",
+    "outside",
+    "skip_cache",
+    "skip_every",
+    "tail",
+    "taylorseer",
+]
 
-# Name in a spec string -> what makes the policy from the numbers behind it.
+# Name in a spec string -> what makes the policy from the numbers behind it. magcache needs a calibration, so it has no name here.
 POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "skip-every": skip_every,
@@ -30,6 +59,14 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "tail": tail,
         "at-most": at_most,
         "change": change,
+        "front-change": front_change,
         "moved": moved,
+        "first-block": first_block,
+        "dbcache": dbcache,
+        "taylorseer": taylorseer,
+        "hicache": hicache,
+        "foca": foca,
+        "delta-dit": delta_dit,
+        "adacache": adacache,
     }
 )

@@ -12,7 +12,7 @@ from stack_blocks import BOXES, CALLS, GLUES, LAYOUTS, ORDERED, StackSpec
 from stack_runs import Run
 
 from cachekit import Forecast
-from cachekit.policies import at_most, change, every, first, last, moved, outside
+from cachekit.policies import at_most, change, every, first, front_change, last, moved, outside
 from cachekit.policy import Policy, Step
 
 STRINGS = ("skip-every-2", "skip-every-3", "N2-700-50", "every-2 | outside-700-50", "first-2 & every-2", "at-most-2")
@@ -131,11 +131,12 @@ stateless: st.SearchStrategy[Policy[Any]] = st.one_of(
 limits: st.SearchStrategy[Policy[Any]] = st.builds(at_most, st.integers(1, 3))
 distances: st.SearchStrategy[Policy[Any]] = st.builds(moved, st.sampled_from((0.5, 1.0, 2.0)))
 probes: st.SearchStrategy[Policy[Any]] = st.builds(change, st.sampled_from((0.01, 0.1, 0.5)))
+fronts: st.SearchStrategy[Policy[Any]] = st.builds(front_change, st.sampled_from((0.01, 0.1, 0.5)))
 
 
 def policies(probe: bool = False) -> st.SearchStrategy[Policy[Any]]:
-    """Policies and what ``|`` and ``&`` make of them; those that watch a block only where asked for."""
-    leaves = st.one_of(stateless, limits, distances, *([probes] if probe else []))
+    """Policies and what ``|`` and ``&`` make of them; those that watch blocks only where asked for."""
+    leaves = st.one_of(stateless, limits, distances, *([probes, fronts] if probe else []))
 
     def combined(inner: st.SearchStrategy[Policy[Any]]) -> st.SearchStrategy[Policy[Any]]:
         return st.tuples(inner, inner, st.booleans()).map(lambda p: p[0] | p[1] if p[2] else p[0] & p[1])

@@ -74,7 +74,7 @@ class Site:
     reuse: Forecast
     state: Any = None
     recomputed: bool | None = None
-    then: Tensor | None = None
+    then: dict[str, Tensor] = field(default_factory=dict)
     entry: dict[str, Tensor] = field(default_factory=dict)
     histories: dict[tuple[int, str], History] = field(default_factory=dict)
 
@@ -95,6 +95,8 @@ class Reference:
         self.i, self.node, self.v = -1, 0, 0
         self.t, self.previous_t = 0.0, 0.0
         self.residuals: dict[int, Tensor] = {}
+        self.entered: dict[int, Tensor] = {}
+        self.left: dict[int, Tensor] = {}
         for site in sites:
             site.state = site.policy.init()
         for block in dict.fromkeys(visits_of(model)):
@@ -111,7 +113,7 @@ class Reference:
             if site.recomputed is not None:
                 site.state = site.policy.update(site.state, self._step(site), site.recomputed)
             if site.recomputed and site.visits:
-                site.then = self.residuals.get(site.visits[0] - 1)
+                site.then = self._shown(site)
         return prediction
 
     def _predict(self, args: tuple[Any, ...]) -> Tensor:
@@ -142,6 +144,7 @@ class Reference:
             values = {"c": None, "hint": given.get("hint"), **self._reused(site, v)}
             result = block.shape.pack(values)
         self.residuals[v] = values["x"] - entering["x"]
+        self.entered[v], self.left[v] = entering["x"], values["x"].clone()
         return result
 
     def _store(self, site: Site, v: int, values: dict[str, Any]) -> None:
@@ -165,12 +168,22 @@ class Reference:
 
     def _step(self, site: Site) -> Step:
         before = self.previous_t if self.i else None
-        return Step(self.i, self.t, self.steps, None, before, self.node, probe=functools.partial(self._change, site))
+        probe, front = (functools.partial(self._change, site, kind) for kind in ("probe", "front"))
+        return Step(self.i, self.t, self.steps, None, before, self.node, probe=probe, front=front)
 
-    def _change(self, site: Site) -> float:
-        now = self.residuals[site.visits[0] - 1]
-        assert site.then is not None
-        return float((now - site.then).abs().mean() / site.then.abs().mean())
+    def _shown(self, site: Site) -> dict[str, Tensor]:
+        """The residuals before a site: of one block, and of all those since the model last did something between two."""
+        last = site.visits[0] - 1
+        if last < 0:
+            return {}
+        start = last
+        while self.linked[start]:
+            start -= 1
+        return {"probe": self.residuals[last], "front": self.left[last] - self.entered[start]}
+
+    def _change(self, site: Site, kind: str) -> float:
+        now, then = self._shown(site)[kind], site.then[kind]
+        return float((now - then).abs().mean() / then.abs().mean())
 
     def _now(self, site: Site) -> float:
         axis = site.reuse.axis

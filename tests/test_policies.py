@@ -19,7 +19,7 @@ from torch import Tensor
 from wrapping import Case, cases, handle, stats
 
 import cachekit
-from cachekit.policies import at_most, change, every, first, last, moved, outside, skip_every, tail
+from cachekit.policies import at_most, change, every, first, front_change, last, moved, outside, skip_every, tail
 from cachekit.policy import Policy, Preset, Step
 
 Trace = tuple[tuple[float, ...], list[float]]
@@ -34,7 +34,7 @@ def decisions(policy: Policy[Any], trace: Trace) -> list[bool]:
     state, found, before, since = policy.init(), [], None, 0.0
     for i, (t, by) in enumerate(zip(times, changes, strict=True)):
         since += by
-        step = Step(i, t, len(times), 1000, before, i, probe=partial(float, since))
+        step = Step(i, t, len(times), 1000, before, i, probe=partial(float, since), front=partial(float, since))
         recompute = i == 0 or policy.decide(state, step)
         assert i == 0 or policy.decide(state, step) == recompute, "decide must be pure"
         state = policy.update(state, step, recompute)
@@ -223,7 +223,7 @@ def _residuals(model: Any, v: int) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("make", [every, first, last, at_most, moved, change, outside, tail])
+@pytest.mark.parametrize("make", [every, first, last, at_most, moved, change, front_change, outside, tail])
 def test_a_misspelt_number_is_refused(make: Any) -> None:
     """Not passed over in favour of the default."""
     with pytest.raises(ValueError, match="mistake"):

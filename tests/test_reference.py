@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from drawing import heun, policies, runs
-from hypothesis import given
+from drawing import fronts, heun, policies, probes, runs
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import Reference, Site
 from stack_blocks import ORDERED
@@ -19,6 +19,7 @@ from wrapping import Case, cases, ranges, segments, stats
 
 import cachekit
 from cachekit import Forecast, Segment
+from cachekit.policy import PROBES
 from cachekit.reuse import parse_reuse
 from cachekit.spec import parse_policy
 
@@ -96,6 +97,17 @@ def test_units_of_blocks_equal_the_plain_loop(case: Case, data: st.DataObject, r
         assert same(ours, theirs, sites)
 
 
+@given(cases(model=False, layouts=ORDERED, plain=True), probes | fronts, st.integers(1, 8), doubles)
+def test_probes_of_blocks_that_write_into_their_input(case: Case, policy: Any, at: int, run: Run) -> None:
+    """What entered them is noted before they do."""
+    depth = case.spec.depth
+    assume(depth >= 2)
+    spec = replace(case.spec, in_place=frozenset(range(depth)))
+    case = replace(case, spec=spec, policy=policy, segments=(1 + (at - 1) % (depth - 1), depth)).wide()
+    for ours, theirs, _, sites in both(case, run):
+        assert same(ours, theirs, sites)
+
+
 @given(cases(layouts=ORDERED, plain=True), doubles)
 def test_only_the_end_of_a_segment_is_held(case: Case, run: Run) -> None:
     """In a plain chain that is one tensor (B, N, D) for each remembered step; for the whole prediction one of the sample's size."""
@@ -106,5 +118,5 @@ def test_only_the_end_of_a_segment_is_held(case: Case, run: Run) -> None:
         for site in sites:
             remembered = [len(entries) for (v, _), entries in site.histories.items() if not site.visits or v == site.visits[-1]]
             held += size * (case.spec.width if site.visits else CHANNELS) * min(remembered[0], site.reuse.length)
-        probing = size * case.spec.width * sum("probe" in site.policy.required() for site in sites)
+        probing = size * case.spec.width * sum(len(PROBES & site.policy.required()) for site in sites)
         assert stats(model).bytes_held == held + probing

@@ -10,7 +10,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachekit
-from cachekit.policies import POLICIES, at_most, change, every, first, last, moved, outside, skip_cache, skip_every, tail
+from cachekit.policies import (
+    POLICIES,
+    adacache,
+    at_most,
+    change,
+    dbcache,
+    delta_dit,
+    every,
+    first,
+    first_block,
+    foca,
+    front_change,
+    hicache,
+    last,
+    moved,
+    outside,
+    skip_cache,
+    skip_every,
+    tail,
+    taylorseer,
+)
+from cachekit.policies.adacache import CODEBOOK, paced
+from cachekit.policies.delta_dit import stage
+from cachekit.policies.reuses import Bdf, Hermite, TaylorSeer
 from cachekit.policy import AllOf, AnyOf, Policy, Preset
 from cachekit.reuse import parse_reuse
 from cachekit.segments import parse_segments
@@ -27,6 +50,7 @@ LEAVES: list[tuple[str, Any]] = [
     ("change-0.08", change(0.08)),
     ("change-5e-2", change(0.05)),
     ("change-1e-05", change(0.00001)),
+    ("front-change-0.08", front_change(0.08)),
     ("moved-0.5", moved(0.5)),
     ("outside-700-50", outside(700, 50)),
     ("outside-700", outside(700, 0)),
@@ -42,8 +66,40 @@ def test_a_name_and_its_numbers(spec: str, policy: Any) -> None:
     assert parse_policy(f"  {spec} ") == Preset(policy)
 
 
+# A spec, the object that it means, and what that is made of.
+PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
+    ("first-block", first_block(0.05), change(0.05), (1, None), "residual"),
+    ("first-block-0.1", first_block(0.1), change(0.1), (1, None), "residual"),
+    ("dbcache", dbcache(8, 0, 0.08), first(8) | front_change(0.08), (8, None), "residual"),
+    ("dbcache-2-1-0.2", dbcache(2, 1, 0.2), first(8) | front_change(0.2), (2, -1), "residual"),
+    ("taylorseer-5", taylorseer(5, 1), first(3) | at_most(4), "all", TaylorSeer(1, axis="grid")),
+    ("taylorseer-3-2", taylorseer(3, 2), first(3) | at_most(2), "all", TaylorSeer(2, axis="grid")),
+    ("hicache-3-1", hicache(3, 1), first(3) | at_most(2), "all", Hermite(1, 0.5, axis="grid")),
+    ("hicache-3", hicache(3, 2), first(3) | at_most(2), "all", Hermite(2)),
+    ("foca-3", foca(3), first(3) | at_most(2), "all", Bdf(2, axis="grid")),
+    ("adacache", adacache(), paced(tuple(CODEBOOK.items())), (1, None), "residual"),
+    (
+        "delta-dit-3-2-0.25",
+        delta_dit(3, 2, 0.25),
+        every(3),
+        [
+            cachekit.Segment(0, 2, policy=every(3) | stage(0.25)),
+            cachekit.Segment(-2, None, policy=every(3) | stage(0.25, late=True)),
+        ],
+        "residual",
+    ),
+    ("delta-dit-3", delta_dit(3, 14, 0.5), every(3), delta_dit(3).segments, "residual"),
+]
+
+
+@pytest.mark.parametrize(("spec", "made", "policy", "segments", "reuse"), PRESETS, ids=[preset[0] for preset in PRESETS])
+def test_presets(spec: str, made: Preset, policy: Any, segments: Any, reuse: Any) -> None:
+    assert parse_policy(spec) == made == Preset(policy, segments, reuse)
+
+
 def test_every_known_policy_is_tried_above() -> None:
     tried = {type(policy).__name__ for _, policy in LEAVES} | {"skip_cache", "skip_every"}
+    tried |= {spec.rstrip("0123456789.-").replace("-", "_") for spec, *_ in PRESETS}
     assert {maker.__name__ for maker in POLICIES.values()} <= tried
 
 
@@ -99,6 +155,25 @@ def test_presets_that_disagree_are_refused() -> None:
         Preset(every(2), segments="all") & Preset(every(3), segments="model")
 
 
+def test_a_preset_in_a_combination_keeps_its_segments_and_joins_their_policies() -> None:
+    for spec, combined in (
+        ("first-block-0.1 | every-5", change(0.1) | every(5)),
+        ("every-5 | first-block-0.1", every(5) | change(0.1)),
+        ("first-block-0.1 & first-9", change(0.1) & first(9)),
+    ):
+        assert parse_policy(spec) == Preset(combined, (1, None), "residual")
+    late = every(2) | stage(0.5, late=True)
+    for spec, policy in (("delta-dit-2-3 | first-4", late | first(4)), ("first-4 & delta-dit-2-3", first(4) & late)):
+        front, rear = parse_policy(spec).segments
+        assert (front.start, front.stop, rear.start, rear.stop) == (0, 3, -3, None)
+        assert parse_policy(rear.policy).policy == policy
+    front, _ = (Preset(first(4)) & delta_dit(2, 3)).segments
+    assert parse_policy(front.policy).policy == first(4) & (every(2) | stage(0.5))
+    assert parse_policy("delta-dit-2-3 | delta-dit-2-3").segments == delta_dit(2, 3).segments
+    with pytest.raises(cachekit.ConfigError, match="two presets with different segments"):
+        parse_policy("first-block-0.1 | taylorseer-3")
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(cachekit.ConfigError) as caught:
         parse_policy("evry-2")
@@ -114,6 +189,14 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         "change-THRESHOLD",
         "skip-every-N",
         "NN-START-CLOSE",
+        "front-change-THRESHOLD",
+        "first-block-THRESHOLD",
+        "dbcache-F-B-THRESHOLD",
+        "taylorseer-N-ORDER",
+        "hicache-N-ORDER",
+        "foca-N",
+        "delta-dit-N-BLOCKS-EARLY",
+        "adacache",
     ):
         assert usage in message
 
@@ -129,6 +212,17 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ("first-0.5", "valid integer"),
         ("skip-every-0", "greater than 0"),
         ("N2-700", "close"),
+        ("first-block-0.1-2", "first-block-THRESHOLD"),
+        ("dbcache-0", "greater than or equal to 1|greater than 0"),
+        ("dbcache-8-0-0.08-8", "dbcache-F-B-THRESHOLD"),
+        ("taylorseer", "taylorseer-N-ORDER"),
+        ("taylorseer-0", "greater than 0"),
+        ("taylorseer-3-0.5", "valid integer"),
+        ("hicache-3-0.5", "valid integer"),
+        ("foca-3-2", "foca-N"),
+        ("delta-dit-3-0", "greater than 0"),
+        ("delta-dit-3-2-1.5", "less than or equal to 1"),
+        ("adacache-2", "adacache"),
         ("every-2 first-3", "from 'first-3' on"),
         ("every-2)", "from '\\)' on"),
         ("(every-2", "lacks a closing parenthesis"),

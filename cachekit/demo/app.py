@@ -7,16 +7,23 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from cachekit.demo.compare import compare as run_comparison
 from cachekit.demo.rows import POLICIES
 from cachekit.demo.target import load_target
 from cachekit.errors import CachekitError
+from cachekit.spec import known_policies, summary, usage
 
 # A table that is cut off says nothing; where nobody looks at a terminal, there is no width to keep to.
 WIDTH = 160
 
 app = typer.Typer(help="Skip parts of a diffusion transformer per denoising step.", add_completion=False, no_args_is_help=True)
+
+
+def _console() -> Console:
+    return Console(width=WIDTH) if not Console().is_terminal or Console().width < WIDTH else Console()
 
 
 @app.callback()
@@ -38,7 +45,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for compare.json and the pictures.")] = Path("cachekit-compare"),
 ) -> None:
     """Sample a model uncached, with fewer steps and under several policies, and show what each costs and gains."""
-    console = Console(width=WIDTH) if not Console().is_terminal or Console().width < WIDTH else Console()
+    console = _console()
     chosen = [text for given in policies or POLICIES for text in given.split(",")]
     try:
         if target is None:
@@ -51,3 +58,12 @@ def compare(
     except CachekitError as error:
         Console(stderr=True).print(f"cachekit: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(2) from error
+
+
+@app.command()
+def policies() -> None:
+    """List every policy that a spec string may name, those of other packages too."""
+    table = Table("spec", "what it does", title="Policies; join them with | and &, and override segments= and reuse= as you like")
+    for name, found in sorted(known_policies().items(), key=lambda item: item[0].lower()):
+        table.add_row(Text(usage(name, found), no_wrap=True), Text(summary(name, found)))
+    _console().print(table)
