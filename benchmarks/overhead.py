@@ -1,6 +1,6 @@
 """What wrapping costs, against code written by hand that skips the same blocks.
 
-    python benchmarks/overhead.py            # DiT-XL/2's shape and a small one, about five minutes on two cores
+    python benchmarks/overhead.py            # DiT-XL/2's shape and a small one, about twelve minutes on two cores
     python benchmarks/overhead.py --only small
 
 Every figure is a ratio of medians (or a difference of them) over calls that were timed in turn in one process, so that a machine
