@@ -8,7 +8,6 @@ from torch import Tensor
 
 from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
-from cachekit.graph import signature
 from cachekit.tree import replaced, tensors, without_tensors
 
 VISIT = -1
@@ -27,12 +26,13 @@ def store_prediction(decisions: Decisions, k: int, result: Any, sample: Tensor |
             "timestep; use reuse='output' or 'taylor-K', or another segment"
         )
     for path, tensor in tensors(result):
-        if sample is not None and signature(sample) != signature(tensor):
+        if beta and sample is not None and sample.shape != tensor.shape:
             raise ConfigError(
                 f"a residual of the whole prediction needs one of the sample's shape {tuple(sample.shape)}, "
                 f"and this model's is {tuple(tensor.shape)}; use reuse='output' or 'taylor-K', or another segment"
             )
-        decisions.keep(k, VISIT, path, tensor, sample if beta else None)
+        # A model in half precision may be given samples in single precision: what is stored has the prediction's dtype.
+        decisions.keep(k, VISIT, path, tensor, sample.to(tensor) if beta and sample is not None else None)
     decisions.branch.structure = without_tensors(result)
     decisions.branch.ready.add(k)
     decisions.made[k] = True

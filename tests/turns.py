@@ -28,11 +28,14 @@ class Turns:
         self._running: list[int] = []
         self._turn = -1
         self._me = threading.local()
+        self._started = threading.Barrier(1)
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Run each job in a thread of its own; returns what they return, or raises what the first of them raised."""
         self._running = list(range(len(jobs)))
         self._turn = self._next()
+        # A pool gives a thread that is done early the next job, and two jobs in one thread are no concurrency.
+        self._started = threading.Barrier(len(jobs))
         with ThreadPoolExecutor(len(jobs)) as pool:
             futures = [pool.submit(self._job, k, job) for k, job in enumerate(jobs)]
         return [future.result() for future in futures]
@@ -54,6 +57,7 @@ class Turns:
 
     def _job(self, k: int, job: Callable[[], T]) -> T:
         self._me.index = k
+        self._started.wait(PATIENCE)
         with self._condition:
             self._wait(k)
         try:
