@@ -17,7 +17,7 @@ from cachekit.errors import CachekitError
 from cachekit.spec import known_policies, summary, usage
 
 # A table that is cut off says nothing; where nobody looks at a terminal, there is no width to keep to.
-WIDTH = 160
+WIDTH = 184
 
 app = typer.Typer(help="Skip parts of a diffusion transformer per denoising step.", add_completion=False, no_args_is_help=True)
 
