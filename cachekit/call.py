@@ -24,10 +24,12 @@ class PlainCall:
 
     def __init__(self) -> None:
         self.recomputed: list[bool] = []
+        self.blocks: list[str] = []
 
     def visit(self, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block."""
         self.recomputed.append(True)
+        self.blocks.append(block)
         return original(*args, **kwargs)
 
 
@@ -60,6 +62,7 @@ class KnownCall(PlainCall):
             self._store(v, action, result)
         else:
             self.recomputed.append(False)
+            self.blocks.append(block)
             result = self._instead(v, visit, action, args, kwargs) if action is not None else None
         for span in self._spans:
             if span.end == v:

@@ -208,13 +208,9 @@ class Engine:
         """Run one call under these decisions; returns which visits ran, and the result."""
         branch = decisions.branch
         whole = [k for k, site in enumerate(self.sites) if site.segment.is_model]
-        if branch.graph is not None and whole and not decisions.recompute(whole[0]):
-            return (False,) * len(branch.graph.visits), whole_prediction(decisions, whole[0])
-        if branch.graph is not None and branch.layout is not None:
-            call: PlainCall = KnownCall(branch.graph, branch.layout, decisions)
-        else:
-            self.attach()
-            call = WatchedCall(decisions, self.adapter, self.interceptors.kinds)
+        if branch.blocks is not None and whole and not decisions.recompute(whole[0]):
+            return (False,) * len(branch.blocks), whole_prediction(decisions, whole[0])
+        call = self._call(decisions)
         sample = branch.inputs.sample
         entry = sample.detach().clone() if sample is not None and any(self.sites[k].reuse.beta for k in whole) else None
         result = self._under(call, original, args, kwargs)
@@ -222,14 +218,29 @@ class Engine:
             call.finish()
         elif isinstance(call, WatchedCall) and not self.removed:
             self._close(call)
+        if branch.blocks is not None and call.blocks != branch.blocks:
+            raise GraphChanged("another sequence of blocks")
+        branch.blocks = call.blocks
         for k in whole:
             store_prediction(decisions, k, result, entry)
         return tuple(call.recomputed), result
 
+    def _call(self, decisions: Decisions) -> PlainCall:
+        """What the blocks of a call go through."""
+        branch = decisions.branch
+        if branch.graph is not None and branch.layout is not None:
+            return KnownCall(branch.graph, branch.layout, decisions)
+        if branch.blocks is None:
+            self.attach()
+        # The whole prediction asks nothing of the blocks.
+        if all(site.segment.is_model for site in self.sites):
+            return PlainCall()
+        return WatchedCall(decisions, self.adapter, self.interceptors.kinds)
+
     def _close(self, call: WatchedCall) -> None:
         """Note what the first call of a branch shows of the model."""
         call.close()
-        if not call.recomputed and not all(site.segment.is_model for site in self.sites):
+        if not call.recomputed:
             self.note(WHOLE)
         branch = call.decisions.branch
         if branch.graph is not None and branch.layout is not None:

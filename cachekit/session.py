@@ -44,6 +44,7 @@ class Branch:
     previous_t: float | None = None
     graph: Graph | None = None
     layout: Layout | None = None
+    blocks: list[str] | None = None
     structure: Any = None
     store: dict[Key, History] = field(default_factory=dict)
     probes: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Branch:
 
     def drop(self) -> None:
         """Forget the graph and everything stored; the next call is a full one."""
-        self.graph = self.layout = self.structure = None
+        self.graph = self.layout = self.blocks = self.structure = None
         self.store, self.probes, self.ready = {}, {}, set()
 
     @property

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from cachekit.call import GraphChanged
 from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
+from cachekit.graph import has_signature, signature
 from cachekit.tree import replaced, tensors, without_tensors
 
 VISIT = -1
@@ -18,6 +20,7 @@ def store_prediction(decisions: Decisions, k: int, result: Any, sample: Tensor |
 
     Raises:
         ConfigError: a residual is asked for, and there is no sample, or the prediction has another shape.
+        GraphChanged: what is stored has another shape, dtype or device.
     """
     beta = decisions.sites[k].reuse.beta
     if beta and sample is None:
@@ -31,6 +34,9 @@ def store_prediction(decisions: Decisions, k: int, result: Any, sample: Tensor |
                 f"a residual of the whole prediction needs one of the sample's shape {tuple(sample.shape)}, "
                 f"and this model's is {tuple(tensor.shape)}; use reuse='output' or 'taylor-K', or another segment"
             )
+        stored = decisions.branch.store.get((k, VISIT, path))
+        if stored is not None and not has_signature(stored.entries[0][1], signature(tensor)):
+            raise GraphChanged("another shape, dtype or device")
         # A model in half precision may be given samples in single precision: what is stored has the prediction's dtype.
         decisions.keep(k, VISIT, path, tensor, sample.to(tensor) if beta and sample is not None else None)
     decisions.branch.structure = without_tensors(result)

@@ -19,7 +19,7 @@ from cachekit.demo.rows import rows_for
 from cachekit.demo.target import Solver, Target
 
 # No default of the package was chosen on these.
-FIRST_SEED = 1000
+FIRST_SEED = 2000
 
 
 def compare(target: Target, policies: Sequence[str], seeds: int, out: Path, console: Console) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from cachekit.reuse import parse_reuse
 from cachekit.segments import parse_segments
 from cachekit.spec import parse_policy
 
-# What the default comparison shows: the preset on the middle and on the whole prediction, the same held, a combination with a
-# shorter warm-up and no tail (which a grid that is even in the log-SNR needs less), and a threshold.
+# What the default comparison shows: the preset on the middle and on the whole prediction, the same held, a combination without
+# warm-up and tail (which a grid that is even in the log-SNR needs less), and a threshold.
 POLICIES = (
     *(f"skip-every-{n}{where}{how}" for where in ("", "@model") for how in ("", "/output") for n in (2, 3, 4)),
-    "first-2 | at-most-1 & moved-0.75@model/grid-taylor-2",
+    "at-most-1 & moved-0.5@model/grid-taylor-2",
     "change-0.15",
 )
 
