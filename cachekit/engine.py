@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from asyncio import current_task
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from cachekit.decisions import Decisions
 from cachekit.errors import ModelError
 from cachekit.inputs import Inputs, Reader
 from cachekit.interceptors import WHOLE, Interceptors
+from cachekit.lanes import Lanes
 from cachekit.segments import Site
 from cachekit.session import Generation, Lane, Name, Placed, step_of
 from cachekit.stats import Record, Stats
@@ -49,64 +47,23 @@ class Engine:
 
     def _fresh(self) -> None:
         self._local = _Local()
-        # Over the statistics, the lanes and the interceptors, which threads share.
+        # Over the statistics and the interceptors, which threads share.
         self._lock = threading.Lock()
-        self._lanes: weakref.WeakKeyDictionary[Any, Lane] = weakref.WeakKeyDictionary()
+        self.lanes = Lanes(self._hold)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_local", "_lock", "_lanes")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_local", "_lock", "lanes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._fresh()
 
-    @property
-    def lane(self) -> Lane:
-        """The lane of the asyncio task, or else of the thread, that asks."""
-        try:
-            owner: Any = current_task() or threading.current_thread()
-        except RuntimeError:
-            owner = threading.current_thread()
-        with self._lock:
-            return self._lanes.setdefault(owner, Lane())
+    def _hold(self, nbytes: int) -> None:
+        self.stats.hold(nbytes)
 
-    def reset(self) -> None:
-        """Forget every generation, in whatever lane."""
-        with self._lock:
-            for lane in self._lanes.values():
-                lane.generation, lane.nbytes = None, 0
-            self.stats.hold(0)
-
-    @contextmanager
-    def named(self, name: Name) -> Iterator[None]:
+    def named(self, name: Name) -> AbstractContextManager[None]:
         """Calls within belong to the branch of this name."""
-        names = self.lane.names
-        names.append(name)
-        try:
-            yield
-        finally:
-            names.pop()
-
-    @contextmanager
-    def within(self, generation: Generation) -> Iterator[None]:
-        """Calls within belong to this generation, and nothing of it is left afterwards."""
-        lane = self.lane
-        outer, lane.generation = lane.generation, generation
-        try:
-            yield
-        finally:
-            lane.generation = outer
-            self._count_bytes(lane)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Calls within run as if the model were not wrapped."""
-        lane = self.lane
-        lane.disabled += 1
-        try:
-            yield
-        finally:
-            lane.disabled -= 1
+        return self.lanes.named(name)
 
     def attach(self) -> None:
         """Put interceptors wherever they belong and are not; none any more once the model is unwrapped."""
@@ -119,7 +76,7 @@ class Engine:
         with self._lock:
             self.removed = True
             self.interceptors.detach()
-        self.reset()
+        self.lanes.reset()
 
     def lift(self) -> None:
         """Take the interceptors out for ``attach`` to put them back, and forget what is stored.
@@ -130,7 +87,7 @@ class Engine:
         with self._lock:
             self.interceptors.detach()
             stuck = [patch.module for patch in self.interceptors.patches]
-        self.reset()
+        self.lanes.reset()
         if stuck:
             path = next((path for path, module in self.model.named_modules() if module is stuck[0]), "")
             self.attach()
@@ -159,7 +116,7 @@ class Engine:
 
     def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model is called."""
-        lane = self.lane
+        lane = self.lanes.current
         if self.removed or lane.disabled or self._local.call is not None:
             return original(*args, **kwargs)
         inputs = self.reader.read(args, kwargs)
@@ -173,13 +130,8 @@ class Engine:
         try:
             return self._cached(lane, placed, original, args, kwargs)
         except BaseException:
-            lane.generation = self._emptied(lane.generation)
-            self._count_bytes(lane)
+            self.lanes.empty(lane)
             raise
-
-    @staticmethod
-    def _emptied(generation: Generation | None) -> Generation | None:
-        return Generation(generation.steps, True) if generation is not None and generation.explicit else None
 
     def _cached(self, lane: Lane, placed: Placed, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         branch, generation = placed.branch, lane.generation or Generation()
@@ -199,7 +151,7 @@ class Engine:
         decisions.close()
         with self._lock:
             self.stats.count(Record(branch.i, branch.t, branch.name.text, ran), decisions.waits)
-        self._count_bytes(lane)
+        self.lanes.count_bytes(lane)
         return result
 
     def _run(
@@ -257,8 +209,7 @@ class Engine:
         self, reason: str, lane: Lane, inputs: Inputs, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one call in full, count it, and leave nothing that a later step could take for its predecessor's."""
-        lane.generation = self._emptied(lane.generation)
-        self._count_bytes(lane)
+        self.lanes.empty(lane)
         call = PlainCall()
         result = self._under(call, original, args, kwargs)
         t = float("nan") if inputs.t is None else inputs.t
@@ -282,10 +233,3 @@ class Engine:
         for need in {need for site in self.sites for need in site.policy.required() if not known.get(need, True)}:
             what = "the number of steps is not" if need == "steps" else "neither the number of steps nor the timesteps' range is"
             self.note(f"a policy that counts from the end was off: {what} known; sample within model.cachekit.session(steps=...)")
-
-    def _count_bytes(self, lane: Lane) -> None:
-        generation = lane.generation
-        lane.nbytes = 0 if generation is None else sum(branch.nbytes for branch in generation.branches)
-        with self._lock:
-            # Each lane's own thread sums up its stores, which it alone changes.
-            self.stats.hold(sum(other.nbytes for other in self._lanes.values()))

@@ -41,7 +41,7 @@ class Handle:
     def reset(self) -> None:
         """Forget everything stored and start the statistics anew."""
         self._engine.stats = Stats()
-        self._engine.reset()
+        self._engine.lanes.reset()
 
     def session(self, *, steps: int | None = None, timesteps: Sequence[float] | None = None) -> AbstractContextManager[None]:
         """One generation, said explicitly: nothing is guessed from the samples, and nothing is held afterwards.
@@ -61,15 +61,15 @@ class Handle:
             steps = len(timesteps)
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ConfigError(f"steps={steps!r}: give the number of model calls of one branch, a whole number of at least one step")
-        return self._engine.within(Generation(steps, explicit=True))
+        return self._engine.lanes.within(Generation(steps, explicit=True))
 
     def branch(self, name: str) -> AbstractContextManager[None]:
         """Calls within are of the CFG branch of this name, whatever their conditioning."""
-        return self._engine.named(Name(name, binding=True))
+        return self._engine.lanes.named(Name(name, binding=True))
 
     def disabled(self) -> AbstractContextManager[None]:
         """Calls within run as if the model were not wrapped; what is stored stays."""
-        return self._engine.disabled()
+        return self._engine.lanes.disabled()
 
     def remove(self) -> None:
         """The same as ``cachekit.unwrap(model)``."""

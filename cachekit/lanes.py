@@ -1,0 +1,87 @@
+"""Who a call belongs to: a lane for each running thread or asyncio task."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from asyncio import current_task
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cachekit.session import Generation, Lane, Name
+
+
+class Lanes:
+    """The lanes of one wrapped model. They end with the thread or task that they are of.
+
+    Args:
+        hold: told how many bytes all of them hold together, whenever that may have changed; never from two threads at once.
+    """
+
+    def __init__(self, hold: Callable[[int], None]) -> None:
+        self._hold = hold
+        self._lock = threading.Lock()
+        self._of: weakref.WeakKeyDictionary[Any, Lane] = weakref.WeakKeyDictionary()
+
+    @property
+    def current(self) -> Lane:
+        """The lane of the asyncio task, or else of the thread, that asks."""
+        try:
+            owner: Any = current_task() or threading.current_thread()
+        except RuntimeError:
+            owner = threading.current_thread()
+        with self._lock:
+            return self._of.setdefault(owner, Lane())
+
+    def reset(self) -> None:
+        """Forget every generation, in whatever lane."""
+        with self._lock:
+            for lane in self._of.values():
+                lane.generation, lane.nbytes = None, 0
+            self._hold(0)
+
+    def empty(self, lane: Lane) -> None:
+        """Forget a lane's generation; an explicit one goes on with nothing in it."""
+        if lane.generation is not None:
+            lane.generation = Generation(lane.generation.steps, explicit=True) if lane.generation.explicit else None
+        self.count_bytes(lane)
+
+    def count_bytes(self, lane: Lane) -> None:
+        """Note what a lane holds now."""
+        generation = lane.generation
+        lane.nbytes = 0 if generation is None else sum(branch.nbytes for branch in generation.branches)
+        with self._lock:
+            # Each lane's own thread sums up its stores, which it alone changes.
+            self._hold(sum(other.nbytes for other in self._of.values()))
+
+    @contextmanager
+    def named(self, name: Name) -> Iterator[None]:
+        """Calls within belong to the branch of this name."""
+        names = self.current.names
+        names.append(name)
+        try:
+            yield
+        finally:
+            names.pop()
+
+    @contextmanager
+    def within(self, generation: Generation) -> Iterator[None]:
+        """Calls within belong to this generation, and nothing of it is left afterwards."""
+        lane = self.current
+        outer, lane.generation = lane.generation, generation
+        try:
+            yield
+        finally:
+            lane.generation = outer
+            self.count_bytes(lane)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Calls within run as if the model were not wrapped."""
+        lane = self.current
+        lane.disabled += 1
+        try:
+            yield
+        finally:
+            lane.disabled -= 1
