@@ -11,6 +11,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import linalg
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
@@ -18,6 +20,7 @@ from typer.testing import CliRunner, Result
 import cachekit
 from cachekit.demo import cli, fashion, frechet, measure, report, rows
 from cachekit.demo.app import app
+from cachekit.demo.pareto import front
 from cachekit.demo.target import Solver, Target, as_target, load_target
 
 MODULE = """
@@ -90,6 +93,19 @@ def test_ones_own_target(own: str, tmp_path: Path) -> None:
     for label in by_label:
         assert label in done.output
     assert (tmp_path / "o" / "map-the-sampler.png").exists()
+    pareto = matplotlib.image.imread(tmp_path / "o" / "pareto-the-sampler.png")
+    # Axes, ticks and letters are black on white.
+    assert (pareto[..., :3] < 0.5).all(axis=-1).mean() > 0.005, "a picture with something on it"
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=8))
+def test_the_pareto_front_is_what_none_beats(points: list[tuple[int, int]]) -> None:
+    def beaten(a: tuple[int, int]) -> bool:
+        return any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)
+
+    kept = front(points)
+    assert [points[k] for k in kept] == sorted({point for point in points if not beaten(point)})
+    assert all(k == points.index(points[k]) for k in kept)
 
 
 @pytest.mark.slow
@@ -114,6 +130,8 @@ def test_the_shipped_target(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [
         "map-ddim.png",
         "map-dpm-solver-2m.png",
+        "pareto-ddim.png",
+        "pareto-dpm-solver-2m.png",
         "samples-ddim.png",
         "samples-dpm-solver-2m.png",
     ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cachekit.demo import pictures, report
 from cachekit.demo.measure import Measured, measure
+from cachekit.demo.pareto import pareto
 from cachekit.demo.rows import rows_for
 from cachekit.demo.target import Solver, Target
 
@@ -89,4 +90,5 @@ def _show(target: Target, solver: Solver, found: list[Measured], out: Path, cons
         target, f"{target.name}: {solver.name}{steps}, the same noise in each row", found, out / f"samples-{name}.png"
     )
     pictures.block_map(f"{solver.name}{steps}", found, out / f"map-{name}.png")
+    pareto(f"{target.name}: {solver.name}{steps}", found, out / f"pareto-{name}.png")
     return {"steps": solver.steps, "samples": n, "real": real, "verdict": said, "rows": report.as_json(found)}

@@ -17,7 +17,8 @@ from cachekit.demo.target import Target
 MOST_IMAGES = 12
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, drawing into files."""
     matplotlib.use("Agg", force=False)
     from matplotlib import pyplot
 
@@ -26,7 +27,7 @@ def _pyplot() -> Any:
 
 def sample_grid(target: Target, title: str, found: Sequence[Measured], path: Path) -> None:
     """A row of images for each row of the table, all from the same noise."""
-    plt = _pyplot()
+    plt = pyplot()
     if target.pixels is None:
         return
     rows = [target.pixels(torch.cat(each.samples)[:MOST_IMAGES]).numpy() for each in found]
@@ -61,7 +62,7 @@ def _joined(rows: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 def block_map(title: str, found: Sequence[Measured], path: Path, columns: int = 2) -> None:
     """For each policy, which blocks ran at which step: dark where recomputed."""
-    plt = _pyplot()
+    plt = pyplot()
     cached = [each for each in found if each.row.kind == "cached" and each.records]
     if not cached:
         return
