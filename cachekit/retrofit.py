@@ -137,8 +137,9 @@ def _check(model: Any, data: Any, plan: Plan) -> LongSkips:
         raise ModelError(f"the fusions ({long_skips.fusion}) have no parameters to train")
     own = set(map(id, long_skips.parameters()))
     asks = any(parameter.requires_grad and id(parameter) not in own for parameter in model.parameters())
-    if not asks and any(stage.train == "all" for stage in plan.stages):
-        raise ModelError("a stage trains 'all', and every weight but the fusions' is frozen; model.requires_grad_(True) first")
+    more = next((stage.train for stage in plan.stages if stage.train != "fusions"), None)
+    if not asks and more is not None:
+        raise ModelError(f"a stage trains {more!r}, and every weight but the fusions' is frozen; model.requires_grad_(True) first")
     if not callable(data):
         raise ConfigError(f"data={type(data).__name__}: give a function of the step that returns (inputs, target)")
     return long_skips

@@ -48,20 +48,23 @@ class Stage(_Said):
 
     Attributes:
         steps: how many.
-        train: ``"fusions"`` alone, or ``"all"``: every weight that asked for gradients when ``retrofit`` was called, too.
+        train: ``"fusions"`` alone; or ``"all"``: every weight that asked for gradients when ``retrofit`` was called, too; or
+            ``"original"``: these alone. With residual fusions that were just added, which change nothing, the last is the
+            control that a retrofit must be held against: the original trained on for as long.
         lr: AdamW's learning rate, constant.
         distill: what is learned from the original beside the target; None leaves it out.
     """
 
     steps: PositiveInt
-    train: Literal["fusions", "all"]
+    train: Literal["fusions", "all", "original"]
     lr: PositiveFloat = 1e-4
     distill: Distillation | None = None
 
     @classmethod
     def _help(cls) -> str:
         return (
-            "write cachekit.Stage(steps=1000, train='fusions'), or train='all'; lr= and distill=cachekit.Distillation() if needed"
+            "write cachekit.Stage(steps=1000, train='fusions'), or train='all' or 'original'; lr= and "
+            "distill=cachekit.Distillation() if needed"
         )
 
 

@@ -52,17 +52,22 @@ class Training:
         fusions = set(map(id, self.long_skips.parameters()))
         for name, parameter in self.model.named_parameters():
             parameter.grad = None
-            parameter.requires_grad_(id(parameter) in fusions or (stage.train == "all" and name not in self.frozen))
+            left_out = "original" if id(parameter) in fusions else "fusions"
+            parameter.requires_grad_(stage.train != left_out and (id(parameter) in fusions or name not in self.frozen))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=stage.lr, weight_decay=0.0)
 
     @property
     def untrained(self) -> list[str]:
         """Names of the parameters that no stage trains."""
-        everything = any(stage.train == "all" for stage in self.plan.stages)
+        trains = {stage.train for stage in self.plan.stages}
         fusions = set(map(id, self.long_skips.parameters()))
-        named = [(name, id(parameter)) for name, parameter in self.model.named_parameters()]
-        return [name for name, which in named if which not in fusions and (name in self.frozen or not everything)]
+        found = []
+        for name, parameter in self.model.named_parameters():
+            fusion = id(parameter) in fusions
+            if trains <= {"original" if fusion else "fusions"} or (not fusion and name in self.frozen):
+                found.append(name)
+        return found
 
     def state(self) -> dict[str, Any]:
         """All that the steps to come depend on."""

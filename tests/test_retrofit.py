@@ -40,6 +40,26 @@ def test_the_second_stage_changes_everything_but_what_was_frozen(case: Case) -> 
     assert kept in unused and unused <= blind | {kept}
 
 
+def test_a_control_equals_the_plain_model_trained_on() -> None:
+    """Residual fusions that were just added and are not trained change nothing: written out, on a model that never had any."""
+    data = [data_of(DIT)(step) for step in range(4)]
+    model = built(DIT)
+    fusions = {name: value for name, value in state_of(model).items() if name.startswith("long_skips.")}
+    cachekit.retrofit(model, data.__getitem__, stages=[Stage(steps=4, train="original")], ema=None, clip=None, progress=False)
+    plain = DIT.build().train()
+    optimiser = torch.optim.AdamW(plain.parameters(), lr=1e-4, weight_decay=0.0)
+    for step, (inputs, target) in enumerate(data):
+        with torch.random.fork_rng():
+            torch.manual_seed(step * 2 + 1)
+            loss = (plain(**inputs).sample[:, :4] - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    after = state_of(model)
+    assert same(fusions, {name: after[name] for name in fusions})
+    assert same(state_of(cachekit.remove_long_skips(model)), state_of(plain))
+
+
 def test_the_average_equals_a_plain_loop() -> None:
     """Written out: AdamW at 1e-4 without weight decay, gradients clipped at 0.1, and the average."""
     steps, decay = 6, 0.4

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import cachekit
-from cachekit.demo.fashion import new_model
+from cachekit.demo.fashion import load_model, new_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +75,24 @@ def test_a_skip_dit_from_scratch(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
     model = cachekit.add_long_skips(new_model(), fusion="paper")
     model.load_state_dict({key: value.float() for key, value in whole.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", [False, True])
+def test_a_retrofit_and_its_control(data: Path, tmp_path: Path, control: bool) -> None:
+    """Both start from the shipped weights, log their losses, and leave the short waves out; the control has no fusions."""
+    short = ("--data", data, "--batch", 4, "--fusions", 1, "--everything", 2, "--log-every", 1)
+    said = ("--out", tmp_path, "--export", tmp_path / "made.safetensors", *(["--control"] if control else []))
+    done = script("image_retrofit.py", *short, *said)
+    assert done.returncode == 0, done.stderr
+    model, made = load_model(), load_file(tmp_path / "made.safetensors")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if not control:
+        cachekit.add_long_skips(model)
+    model.load_state_dict({key: value.float() for key, value in made.items()})
+    embedder = "transformer_blocks.3.norm1.emb.timestep_embedder.linear_1.weight"
+    assert not made[embedder][:, :57].any() and not torch.equal(made[embedder].float(), before[embedder])
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow
