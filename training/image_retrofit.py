@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import fashion_mnist
+import diffusion
 import image_dit
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
@@ -32,7 +32,7 @@ def start(args: argparse.Namespace) -> nn.Module:
     model = fashion.load_model()
     for name, module in model.named_modules():
         if name.endswith("timestep_embedder.linear_1"):
-            image_dit.leave_out_short_waves(module.weight)
+            diffusion.leave_out_short_waves(module.weight, shift=1)
     return cachekit.add_long_skips(model, fusion="residual" if args.control else args.fusion, seed=args.seed)
 
 
@@ -48,15 +48,15 @@ def stages(args: argparse.Namespace) -> list[Stage]:
 
 def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    images, labels = fashion_mnist.load(args.data, "train")
+    task = image_dit.task(args, start(args))
     noising = DDPMScheduler(beta_schedule="linear")
 
     def data(step: int) -> tuple[dict[str, Any], Tensor]:
-        clean, y, noise, t = image_dit.batch(images, labels, args.batch, args.seed, FIRST_STEP + step)
-        return {"hidden_states": noising.add_noise(clean, noise, t), "timestep": t, "class_labels": y}, noise
+        clean, labels, noise, t = diffusion.batch(task, args.batch, args.seed, FIRST_STEP + step)
+        return {"hidden_states": noising.add_noise(clean, noise, t), "timestep": t, **task.conditions(labels)}, noise
 
     model = cachekit.retrofit(
-        start(args),
+        task.model,
         data,
         stages=stages(args),
         seed=args.seed,

@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import argparse
 
+import diffusion
 import image_dit
-from torch import nn
 
 import cachekit
 
 
-def with_long_skips(args: argparse.Namespace) -> nn.Module:
+def with_long_skips(args: argparse.Namespace) -> diffusion.Task:
     """The plain model's own weights, then the fusions'."""
-    return cachekit.add_long_skips(image_dit.plain(args), fusion=args.fusion)
+    return image_dit.task(args, cachekit.add_long_skips(image_dit.plain(), fusion=args.fusion))
 
 
 def main() -> None:
     parser = image_dit.arguments(__doc__)
     parser.add_argument("--fusion", default="paper", help="paper, residual or spectral")
-    image_dit.train(parser.parse_args(), with_long_skips)
+    diffusion.train(parser.parse_args(), with_long_skips)
 
 
 if __name__ == "__main__":

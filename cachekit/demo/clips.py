@@ -1,0 +1,71 @@
+"""The video models: class-conditional Latte transformers trained on clips of vizdoom by ``training/video_latte.py``."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from diffusers import LatteTransformer3DModel
+from torch import Tensor
+from torch.nn import functional
+
+CLASSES = (
+    "basic",
+    "defend the center",
+    "defend the line",
+    "health gathering",
+    "my way home",
+    "predict position",
+    "take cover",
+    "deadly corridor",
+)
+FRAMES, SIZE = 8, 32
+CONFIG = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_layers": 6,
+    "cross_attention_dim": 128,
+    "attention_bias": True,
+    "sample_size": SIZE,
+    "patch_size": 4,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": len(CLASSES),
+    "video_length": FRAMES,
+}
+
+
+def new_model() -> LatteTransformer3DModel:
+    """A Latte of the shipped shape (6 spatial and 6 temporal blocks, width 128, 8 frames of 64 tokens), untrained.
+
+    It predicts the noise of clips (n, 3, 8, 32, 32) in [-1, 1] at timesteps 0 ... 999 of diffusers' linear schedule.
+    """
+    return LatteTransformer3DModel(**CONFIG).eval()
+
+
+def caption(labels: Tensor) -> Tensor:
+    """Classes (n,) as the model's captions (n, 1, 8): a single token, one-hot.
+
+    The first layer of the model's own caption projection is then a table of class embeddings, so that nothing but the model's
+    weights need be stored.
+    """
+    return functional.one_hot(labels, len(CLASSES)).float()[:, None]
+
+
+def sample(model: Any, scheduler: Any, seed: int, steps: int, clips: int) -> Tensor:
+    """Clips (n, 3, 8, 32, 32) of one noise seed; their classes count on from seed to seed, so that all get their turn."""
+    x = torch.randn(clips, 3, FRAMES, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    captions = caption((torch.arange(clips) + seed * clips) % len(CLASSES))
+    scheduler.set_timesteps(steps)
+    handle = getattr(model, "cachekit", None)
+    with torch.inference_mode(), handle.session(steps=steps) if handle is not None else contextlib.nullcontext():
+        for t in scheduler.timesteps:
+            noise = model(x, timestep=t.expand(clips), encoder_hidden_states=captions).sample
+            x = scheduler.step(noise, t, x).prev_sample
+    return x

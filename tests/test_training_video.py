@@ -1,0 +1,118 @@
+"""The clips and the video model's training: the games are played for real, briefly; the training runs on made-up clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import imported, run
+
+import cachekit
+from cachekit.demo import clips, fashion
+
+
+@pytest.fixture
+def games(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return imported(monkeypatch, "training", "vizdoom_clips")
+
+
+@pytest.fixture
+def video(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return imported(monkeypatch, "training", "video_latte")
+
+
+@pytest.fixture
+def made_up(games: Any, tmp_path: Path) -> Path:
+    """Two noisy clips of each scenario, in a file as the games' would be."""
+    rng, path = np.random.default_rng(0), tmp_path / "made-up.npz"
+    frames = rng.integers(0, 256, (16, 3, clips.FRAMES, clips.SIZE, clips.SIZE)).astype(np.uint8)
+    settings = json.dumps(games.asdict(games.Settings(clips=2)), sort_keys=True)
+    np.savez(path, clips=frames, labels=np.repeat(np.arange(8), 2), settings=np.array(settings))
+    return path
+
+
+def test_clips_are_the_same_again(games: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, however many are made; other splits and seeds are other games. Nothing is written beside the file."""
+    pytest.importorskip("vizdoom", reason="needs the extra [training]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(games, "SCENARIOS", ("basic", "my_way_home"))
+    first, labels = games.load(tmp_path / "clips.npz", games.Settings(clips=3, frames=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["clips.npz"]
+    assert first.shape == (6, 3, 4, 32, 32) and first.dtype is torch.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    shorter, _ = games.generate(games.Settings(clips=2, frames=4), progress=False)
+    assert np.array_equal(shorter, first[[0, 1, 3, 4]].numpy())
+    for changed in (games.Settings(clips=1, frames=4, split="test"), games.Settings(clips=1, frames=4, seed=1)):
+        other, _ = games.generate(changed, progress=False)
+        assert not any(np.array_equal(clip, known) for clip in other for known in first.numpy())
+    moves = (first[:, :, 1:].int() - first[:, :, :-1].int()).abs().amax((1, 2, 3, 4))
+    assert bool((moves > 0).all()), "a clip in which nothing moves"
+
+
+def test_clips_made_otherwise_are_refused(games: Any, made_up: Path) -> None:
+    found, labels = games.load(made_up, games.Settings(clips=2))
+    assert len(found) == len(labels) == 16
+    with pytest.raises(ValueError, match="was made with"):
+        games.load(made_up, games.Settings(clips=2, seed=1))
+    with pytest.raises(ValueError, match="write one of train, test"):
+        games.Settings(split="tset")
+    with pytest.raises(ValueError, match="above 0"):
+        games.Settings(frames=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", [None, "paper"])
+def test_a_video_training_that_was_stopped_ends_as_one_that_was_not(
+    fusion: str | None, video: Any, made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exported weights are those of the whole run, fit the shipped shape, and leave out the short waves."""
+    options = [] if fusion is None else ["--long-skips", fusion]
+    short = ("--data", made_up, "--clips", 2, "--steps", 2, "--batch", 2, "--checkpoints", 1, "--log-every", 1, *options)
+    for out, stops in (("whole", [2]), ("parts", [1, 2])):
+        for until in stops:
+            export = ("--out", tmp_path / out, "--export", tmp_path / f"{out}.safetensors", "--until", until)
+            run(monkeypatch, video, *short, *export)
+    whole, parts = (load_file(tmp_path / f"{out}.safetensors") for out in ("whole", "parts"))
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
+    model = clips.new_model()
+    if fusion is not None:
+        cachekit.add_long_skips(model, fusion=fusion)
+        assert model.long_skips.pairs == ((0, 5), (1, 4), (2, 3))
+    model.load_state_dict({key: value.float() for key, value in whole.items()})
+    columns = whole["adaln_single.emb.timestep_embedder.linear_1.weight"].abs().amax(0)
+    # diffusers' Timesteps(256, shift 0): wave k is 2 pi 10000^(k / 128); from k = 58 on it is 400 timesteps and longer.
+    assert not columns[:58].any() and columns[58:128].all() and not columns[128:186].any() and columns[186:].all()
+
+
+def test_both_trainings_start_from_one_model(video: Any) -> None:
+    """So that the two differ by the fusions alone; and what the model is asked for does matter once it is trained."""
+    states = []
+    for fusion in (None, "residual"):
+        torch.manual_seed(3)
+        states.append(video.model_for(video.argparse.Namespace(long_skips=fusion)).state_dict())
+    plain, skips = states
+    assert all(torch.equal(value, skips[key]) for key, value in plain.items())
+    assert {key.split(".")[0] for key in skips.keys() - plain.keys()} == {"long_skips"}
+
+
+def test_a_caption_is_a_row_of_the_models_own_table() -> None:
+    """The first layer of the caption projection, given a one-hot token, returns the class's column of its weight."""
+    model, labels = clips.new_model(), torch.tensor([3, 0, 7])
+    layer = model.caption_projection.linear_1
+    with torch.no_grad():
+        assert torch.allclose(layer(clips.caption(labels))[:, 0], layer.weight.T[labels] + layer.bias, atol=0)
+
+
+def test_samples_of_a_seed_are_the_same_again_and_follow_their_class() -> None:
+    model = clips.new_model()
+    first = clips.sample(model, fashion.ddim(), seed=0, steps=2, clips=2)
+    assert first.shape == (2, 3, 8, 32, 32) and torch.equal(first, clips.sample(model, fashion.ddim(), seed=0, steps=2, clips=2))
+    with torch.no_grad():
+        x, t = first[:1], torch.tensor([500])
+        a, b = (model(x, timestep=t, encoder_hidden_states=clips.caption(torch.tensor([k]))).sample for k in (0, 1))
+    assert not torch.equal(a, b)
