@@ -10,6 +10,9 @@ DIT = Adapter(
     name="dit",
     classes=("DiTTransformer2DModel", "DiT"),
     range=1000,
+    attention=("attn1", "attn"),
+    cross_attention=(),
+    mlp=("ff", "mlp"),
     translate=to_diffusers,
     unneeded=("pos_embed",),
 )

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from cachekit.adapter import Adapter
 
-HUNYUAN_DIT = Adapter(name="hunyuan-dit", classes=("HunyuanDiT2DModel", "HunYuanDiT"), range=1000)
+HUNYUAN_DIT = Adapter(
+    name="hunyuan-dit",
+    classes=("HunyuanDiT2DModel", "HunYuanDiT"),
+    range=1000,
+    attention=("attn1",),
+    cross_attention=("attn2",),
+    mlp=("ff", "mlp"),
+)
 HUNYUAN_VIDEO = Adapter(
     name="hunyuan-video",
     classes=(
@@ -21,13 +28,16 @@ HUNYUAN_VIDEO = Adapter(
     stack=r"(single_)?transformer_blocks\.\d+",
     main=("hidden_states", 0),
     attention=("attn",),
-    mlp=("ff", "proj_mlp"),
+    cross_attention=(),
+    mlp=("ff", "ff_context", "proj_mlp"),
 )
 HUNYUAN_VIDEO_ORIGINAL = Adapter(
     name="hunyuan-video-original",
     classes=("HYVideoDiffusionTransformer",),
     range=1000,
     stack=r"(double|single)_blocks\.\d+",
-    attention=("img_attn_qkv", "txt_attn_qkv", "linear1"),
-    mlp=("img_mlp", "txt_mlp", "linear2"),
+    # Attention is a function there, between layers that stand in the block itself: nothing that could be left out alone.
+    attention=(),
+    cross_attention=(),
+    mlp=("img_mlp", "txt_mlp"),
 )

@@ -19,6 +19,10 @@ LATTE_T2V = Adapter(
     unit=2,
     relayout=((_SPATIAL, _TEMPORAL), (_TEMPORAL, _SPATIAL)),
     adds=r"temporal_transformer_blocks\.0",
+    attention=("attn1",),
+    cross_attention=("attn2",),
+    mlp=("ff",),
+    temporal=_TEMPORAL,
     # Computed, or used in training only. The other names are the same in both classes.
     unneeded=("pos_embed.pos_embed", "temp_pos_embed", "caption_projection.y_embedding"),
 )
@@ -30,5 +34,9 @@ LATTE = Adapter(
     unit=2,
     relayout=((_EVEN, _ODD), (_ODD, _EVEN)),
     adds=r"blocks\.1",
+    attention=("attn",),
+    cross_attention=(),
+    mlp=("mlp",),
+    temporal=_ODD,
     unneeded=("pos_embed", "temp_embed"),
 )

@@ -32,7 +32,9 @@ class Adapter(BaseModel):
         adds: regular expression of blocks before which the model adds to the stream, whatever ``relayout`` says.
         main: name of the main stream's argument and its place in what a block returns, where blocks carry several streams.
         per_step: argument names (globs) that hold something new at every step, and so don't tell branches apart.
-        attention, cross_attention, mlp: names within a block of these modules.
+        attention, cross_attention, mlp: names within a block of these modules. Where neither of the first two is given, or not
+            the third, those of other names are found by their class and shape, and what kind an attention is by its call.
+        temporal: regular expression for the paths of blocks that attend over time, where others attend over space.
         translate: puts a checkpoint of another repository under the names of this class.
         unneeded: keys (globs) that such a checkpoint may have and the class does without.
     """
@@ -51,9 +53,10 @@ class Adapter(BaseModel):
     adds: str | None = None
     main: tuple[str, NonNegativeInt] | None = None
     per_step: tuple[str, ...] = ("*controlnet*", "*residuals*")
-    attention: tuple[str, ...] = Field(default=("attn", "attn1"))
+    attention: tuple[str, ...] = Field(default=("attn", "attn1", "self_attn"))
     cross_attention: tuple[str, ...] = Field(default=("cross_attn", "attn2"))
-    mlp: tuple[str, ...] = Field(default=("mlp", "ff"))
+    mlp: tuple[str, ...] = Field(default=("mlp", "ff", "ffn", "ff_context", "feed_forward"))
+    temporal: str | None = None
     translate: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     unneeded: tuple[str, ...] = ()
 

@@ -14,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from cachekit.adapter import Adapter, adapter_for
 from cachekit.blocks import find_blocks
 from cachekit.errors import ModelError
-from cachekit.graph import Cost, Graph
+from cachekit.graph import Cost, Graph, signature
+from cachekit.inside import Role, find_modules
+from cachekit.module_watch import ModuleWatch
 from cachekit.patch import Patch
+from cachekit.tree import tensors
 from cachekit.watch import Watch
 
 
@@ -32,6 +35,8 @@ _KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attenti
 class _Recorder:
     def __init__(self, adapter: Adapter) -> None:
         self.watch = Watch(adapter)
+        self.modules = ModuleWatch()
+        self._busy = False
         self.costs: list[Cost] = []
 
     def visit(
@@ -44,6 +49,35 @@ class _Recorder:
         self.costs.append(Cost(parameters, counter.get_total_flops()))
         self.watch.after(result)
         return result
+
+    def module(self, at: tuple[str, str, Role], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path, name, role = at
+        v = len(self.watch.seen) - 1
+        if self._busy or v < 0 or self.watch.seen[v].block != path:
+            return original(*args, **kwargs)
+        self._busy = True
+        try:
+            return self.modules.call(v, name, role, original, args, kwargs)[0]
+        finally:
+            self._busy = False
+
+
+def _record_module(recorder: _Recorder, at: tuple[str, str, Role], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return recorder.module(at, original, args, kwargs)
+
+
+@contextmanager
+def _modules_patched(model: nn.Module, adapter: Adapter, recorder: _Recorder) -> Iterator[None]:
+    patches = [
+        Patch(module, "forward", _record_module, recorder, (path, name, role))
+        for path, block in find_blocks(model, adapter).items()
+        for name, (module, role) in find_modules(path, block, adapter).items()
+    ]
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.remove()
 
 
 def _record(recorder: _Recorder, path: str, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -82,13 +116,15 @@ def graph(model: nn.Module, *inputs: Any, adapter: Adapter | str | None = None, 
     handle = model.__dict__.get("cachekit")
     with ExitStack() as stack:
         stack.enter_context(blocks_patched(model, facts, _record, recorder))
+        stack.enter_context(_modules_patched(model, facts, recorder))
         stack.enter_context(torch.no_grad())
         if handle is not None:
             stack.enter_context(handle.disabled())
-        model(*inputs, **kwargs)
-    found = recorder.watch.graph()
+        result = model(*inputs, **kwargs)
+    found = recorder.modules.onto(recorder.watch.graph())
     if not found.visits:
         raise ModelError(
             f"no block of {type(model).__name__} was called: they stand in no ModuleList or Sequential, or it is compiled whole"
         )
-    return replace(found, costs=tuple(recorder.costs))
+    prediction = tuple(signature(tensor) for _, tensor in tensors(result))
+    return replace(found, costs=tuple(recorder.costs), unit=facts.unit, prediction=prediction)

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cachekit import module_store
 from cachekit.decisions import Decisions
-from cachekit.graph import Graph, Visit, has_signature
+from cachekit.graph import Graph, Visit, has_signature, signature
 from cachekit.segments import Action, Layout
-from cachekit.tree import Path, get, pick, replaced, tensors
+from cachekit.tree import Path, arguments, get, pick, replaced, tensors
 
 Original = Callable[..., Any]
 
@@ -25,11 +26,17 @@ class PlainCall:
     def __init__(self) -> None:
         self.recomputed: list[bool] = []
         self.blocks: list[str] = []
+        self.modules: list[bool] = []
 
     def visit(self, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block."""
         self.recomputed.append(True)
         self.blocks.append(block)
+        return original(*args, **kwargs)
+
+    def module(self, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module of the block that is being visited."""
+        self.modules.append(True)
         return original(*args, **kwargs)
 
 
@@ -43,6 +50,7 @@ class KnownCall(PlainCall):
         self._opened: dict[tuple[int, Path], Tensor] = {}
         self._entering: dict[int, dict[Path, Tensor]] = {}
         self._returned: dict[Path, tuple[Tensor, int | None]] = {}
+        self._called = 0
 
     def visit(self, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block, or return in its place.
@@ -58,7 +66,10 @@ class KnownCall(PlainCall):
         runs = action is None or self.decisions.recompute(action.site)
         self._before(v, visit, action, runs, args, kwargs)
         if runs:
+            self._called = 0
             result = super().visit(block, original, args, kwargs)
+            if self._called != len(visit.modules):
+                raise GraphChanged("another sequence of modules")
             self._store(v, action, result)
         else:
             self.recomputed.append(False)
@@ -69,6 +80,33 @@ class KnownCall(PlainCall):
                 entered = self._opened[span.start, span.enters]
                 self.decisions.residuals[span] = get(result, span.leaves).detach() - entered
         self._returned = {path: (tensor, _version(tensor)) for path, tensor in tensors(result)}
+        return result
+
+    def module(self, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module of the block that is being visited, or return in its place.
+
+        Raises:
+            GraphChanged: another module, shape, dtype or device than the graph has here.
+        """
+        v, n = len(self.recomputed) - 1, self._called
+        self._called += 1
+        known = self.graph.visits[v].modules
+        if n >= len(known) or known[n].name != name:
+            raise GraphChanged("another sequence of modules")
+        seen, k = known[n], self.layout.modules[v][n]
+        if tuple((path, signature(tensor)) for path, tensor in arguments(args, kwargs)) != seen.inputs:
+            raise GraphChanged("another shape, dtype or device")
+        if k is None:
+            return super().module(name, original, args, kwargs)
+        runs = self.decisions.recompute(k)
+        entering = module_store.entering(self.decisions, k, seen, args, kwargs)
+        if not runs:
+            self.modules.append(False)
+            return module_store.instead(self.decisions, k, (v, n), seen, args, kwargs, entering)
+        result = super().module(name, original, args, kwargs)
+        if tuple((path, signature(tensor)) for path, tensor in tensors(result)) != seen.returned:
+            raise GraphChanged("a module that returns something else")
+        module_store.keep(self.decisions, k, (v, n), seen, result, entering)
         return result
 
     def finish(self) -> None:

@@ -24,6 +24,11 @@ class Decisions:
         self.made: dict[int, bool] = {}
         self.residuals: dict[Span, Tensor] = {}
 
+    @property
+    def whole(self) -> list[int]:
+        """The sites that are the whole prediction."""
+        return [k for k, site in enumerate(self.sites) if site.segment.is_model]
+
     def recompute(self, k: int) -> bool:
         """Whether segment k is computed in this call. Nothing stored forces it, whatever the policy says."""
         if k not in self.made:

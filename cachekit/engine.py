@@ -32,6 +32,7 @@ class _Local(threading.local):
 
     call: PlainCall | None = None
     block: str | None = None
+    module: bool = False
 
 
 class Engine:
@@ -69,7 +70,7 @@ class Engine:
         """Put interceptors wherever they belong and are not; none any more once the model is unwrapped."""
         with self._lock:
             if not self.removed:
-                self.interceptors.attach(self, self.adapter)
+                self.interceptors.attach(self, self.adapter, any(site.segment.names for site in self.sites))
 
     def detach(self) -> None:
         """Take the interceptors out again, while other threads may be in the middle of a call."""
@@ -114,6 +115,18 @@ class Engine:
         finally:
             local.block = None
 
+    def module(self, block: str, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module of a block is called."""
+        local = self._local
+        # One that lies in another, or in several blocks, is its own block's, and once.
+        if local.call is None or local.block != block or local.module:
+            return original(*args, **kwargs)
+        local.module = True
+        try:
+            return local.call.module(name, original, args, kwargs)
+        finally:
+            local.module = False
+
     def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model is called."""
         lane = self.lanes.current
@@ -139,7 +152,7 @@ class Engine:
             branch.states = [site.policy.init() for site in self.sites]
             self._note_needs(generation)
         step = step_of(branch, generation, self.adapter.range)
-        decisions = Decisions(branch, self.sites, step)
+        decisions = Decisions(branch, branch.sites or self.sites, step)
         try:
             ran, result = self._run(decisions, original, args, kwargs)
         except GraphChanged as change:
@@ -150,21 +163,20 @@ class Engine:
             ran, result = self._run(decisions, original, args, kwargs)
         decisions.close()
         with self._lock:
-            self.stats.count(Record(branch.i, branch.t, branch.name.text, ran), decisions.waits)
+            self.stats.count(Record(branch.i, branch.t, branch.name.text, *ran), decisions.waits)
         self.lanes.count_bytes(lane)
         return result
 
     def _run(
         self, decisions: Decisions, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[bool, ...], Any]:
-        """Run one call under these decisions; returns which visits ran, and the result."""
-        branch = decisions.branch
-        whole = [k for k, site in enumerate(self.sites) if site.segment.is_model]
+    ) -> tuple[tuple[tuple[bool, ...], tuple[bool, ...]], Any]:
+        """Run one call under these decisions; returns which visits, and which of their modules, ran, and the result."""
+        branch, whole = decisions.branch, decisions.whole
         if branch.blocks is not None and whole and not decisions.recompute(whole[0]):
-            return (False,) * len(branch.blocks), whole_prediction(decisions, whole[0])
+            return ((False,) * len(branch.blocks), ()), whole_prediction(decisions, whole[0])
         call = self._call(decisions)
         sample = branch.inputs.sample
-        entry = sample.detach().clone() if sample is not None and any(self.sites[k].reuse.beta for k in whole) else None
+        entry = sample.detach().clone() if sample is not None and any(decisions.sites[k].reuse.beta for k in whole) else None
         result = self._under(call, original, args, kwargs)
         if isinstance(call, KnownCall):
             call.finish()
@@ -173,9 +185,10 @@ class Engine:
         if branch.blocks is not None and call.blocks != branch.blocks:
             raise GraphChanged("another sequence of blocks")
         branch.blocks = call.blocks
-        for k in whole:
+        # Where segments ask for a decision for each block, the watched call has found how many there are.
+        for k in decisions.whole:
             store_prediction(decisions, k, result, entry)
-        return tuple(call.recomputed), result
+        return (tuple(call.recomputed), tuple(call.modules)), result
 
     def _call(self, decisions: Decisions) -> PlainCall:
         """What the blocks of a call go through."""
@@ -187,7 +200,7 @@ class Engine:
         # The whole prediction asks nothing of the blocks.
         if all(site.segment.is_model for site in self.sites):
             return PlainCall()
-        return WatchedCall(decisions, self.adapter, self.interceptors.kinds)
+        return WatchedCall(decisions, self.adapter, self.interceptors)
 
     def _close(self, call: WatchedCall) -> None:
         """Note what the first call of a branch shows of the model."""
@@ -196,7 +209,8 @@ class Engine:
             self.note(WHOLE)
         branch = call.decisions.branch
         if branch.graph is not None and branch.layout is not None:
-            self.stats.notes.update(branch.layout.notes(branch.graph, self.sites))
+            self.stats.notes.update(branch.layout.notes(branch.graph, branch.sites))
+            self.stats.notes.update(self.interceptors.notes(branch.graph))
 
     def _under(self, call: PlainCall, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._local.call = call
@@ -215,7 +229,7 @@ class Engine:
         t = float("nan") if inputs.t is None else inputs.t
         with self._lock:
             self.stats.uncached[reason] += 1
-            self.stats.count(Record(0, t, lane.name.text, tuple(call.recomputed)), inputs.synchronised)
+            self.stats.count(Record(0, t, lane.name.text, tuple(call.recomputed), tuple(call.modules)), inputs.synchronised)
         return result
 
     def _not_cached(self, inputs: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -40,6 +40,38 @@ class Source:
 
 
 @dataclass(frozen=True)
+class ModuleVisit:
+    """One call of a module within a visit of its block: attention, cross-attention or MLP.
+
+    Attributes:
+        name: its path in the block.
+        kind: ``"attn"``, ``"cross_attn"`` or ``"mlp"``; None for one that is none of these, or writes into what it takes.
+        temporal: its block attends over time.
+        inputs, returned: every tensor that it takes, and that it returns.
+        passes: (argument path, output path) of each tensor that it hands back untouched.
+        entry: (output path, argument path) of each output that something of its signature enters for.
+        structure: the result with its tensors left out.
+        writes: it writes into what it takes, so that it can't be left out.
+    """
+
+    name: str
+    kind: str | None
+    temporal: bool
+    inputs: tuple[tuple[Path, Signature], ...]
+    returned: tuple[tuple[Path, Signature], ...]
+    passes: tuple[tuple[Path, Path], ...]
+    entry: tuple[tuple[Path, Path], ...]
+    structure: Any = field(compare=False, repr=False)
+    writes: bool = False
+
+    @property
+    def held(self) -> tuple[tuple[Path, Signature], ...]:
+        """What is stored of it: all that it doesn't merely hand back."""
+        passed = {out for _, out in self.passes}
+        return tuple((path, sig) for path, sig in self.returned if path not in passed)
+
+
+@dataclass(frozen=True)
 class Visit:
     """One call of one block within a model call.
 
@@ -55,6 +87,8 @@ class Visit:
         sources: every other input that is an earlier block's output.
         signatures: of each stream's input, in the order of ``streams``.
         structure: the result with its tensors left out.
+        outputs: every tensor that it returns in a new version, or in addition.
+        modules: the calls of its modules, where they were looked at.
     """
 
     block: str
@@ -67,6 +101,8 @@ class Visit:
     sources: tuple[Source, ...]
     signatures: tuple[Signature, ...]
     structure: Any = field(compare=False, repr=False)
+    outputs: tuple[tuple[Path, Signature], ...] = field(default=(), compare=False, repr=False)
+    modules: tuple[ModuleVisit, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def is_block(self) -> bool:
@@ -89,10 +125,14 @@ class Graph:
     Attributes:
         visits: every call of a candidate block, in order.
         costs: one for each visit, where they were measured (``cachekit.graph``).
+        unit: how many blocks segments count as one.
+        prediction: every tensor of the model's result, where it was looked at (``cachekit.graph``).
     """
 
     visits: tuple[Visit, ...]
     costs: tuple[Cost, ...] = field(default=(), compare=False)
+    unit: int = field(default=1, compare=False)
+    prediction: tuple[Signature, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -116,6 +156,12 @@ class Graph:
         return tuple(
             (source.visit, v) for v, visit in enumerate(self.visits) for source in visit.sources if self._is_long_skip(v, source)
         )
+
+    def nbytes(self, segments: Any = None, reuse: Any = "output") -> int:
+        """How many bytes one branch will hold under these segments and this reuse; see ``cachekit.held.nbytes``."""
+        from cachekit.held import nbytes
+
+        return nbytes(self, segments, reuse)
 
     def _is_long_skip(self, v: int, source: Source) -> bool:
         visit, early = self.visits[v], self.visits[source.visit]

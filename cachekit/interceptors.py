@@ -12,13 +12,22 @@ from torch import nn
 
 from cachekit.adapter import Adapter
 from cachekit.blocks import find_blocks
+from cachekit.graph import Graph
+from cachekit.inside import Role, find_modules
 from cachekit.patch import Patch
 from cachekit.session import Name
 
 Original = Callable[..., Any]
+# A module, the name of its method, what stands in for that, and what this is bound to.
+Target = tuple[nn.Module, str, Callable[..., Any], tuple[Any, ...]]
 
 COMPILED = "_compiled_call_impl"
 WHOLE = "no block was seen running: compile the blocks (block.compile()), not the whole model; or use segments='model'"
+
+HIDDEN = (
+    "compiled blocks hide their modules, which all run: compile the modules (block.attn.compile()) in place of the blocks, or use "
+    "segments of whole blocks"
+)
 
 
 class Intercepted(Protocol):
@@ -31,6 +40,8 @@ class Intercepted(Protocol):
 
     def block(self, path: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
+    def module(self, block: str, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
     def named(self, name: Name) -> AbstractContextManager[None]: ...
 
     def traced(self) -> None: ...
@@ -42,20 +53,27 @@ class Interceptors:
     def __init__(self) -> None:
         self.patches: list[Patch] = []
         self.kinds: dict[str, str] = {}
+        self.roles: dict[tuple[str, str], Role] = {}
+        self.hidden: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch leaves a module's compiled code out of its copies, so that nothing is there for these to lie on.
         return {**self.__dict__, "patches": [patch for patch in self.patches if patch.name != COMPILED]}
 
-    def attach(self, engine: Intercepted, adapter: Adapter) -> None:
-        """Put them on, also on blocks that came since or were compiled since, and where somebody's removal took them along."""
-        targets: list[tuple[nn.Module, str, Callable[..., Any], tuple[Any, ...]]]
-        targets = [(engine.model, "forward", intercept_model, (engine,))]
+    def attach(self, engine: Intercepted, adapter: Adapter, modules: bool) -> None:
+        """Put them on, also on blocks that came since or were compiled since, and where somebody's removal took them along.
+
+        Args:
+            modules: whether calls of modules within blocks must come by too.
+        """
+        targets: list[Target] = [(engine.model, "forward", intercept_model, (engine,))]
         if callable(getattr(engine.model, "cache_context", None)):
             targets.append((engine.model, "cache_context", intercept_context, (engine,)))
         for path, block in find_blocks(engine.model, adapter).items():
             self.kinds[path] = type(block).__name__
             targets.append((block, "forward", intercept_block, (engine, path)))
+            if modules:
+                targets += self._modules(engine, path, block, adapter)
         standing = {(id(patch.module), patch.name) for patch in self.patches if patch.in_place}
         for module, name, function, bound in list(targets):
             # A compiled module is entered here; its forward would be traced, and the decision with it.
@@ -64,6 +82,27 @@ class Interceptors:
         for module, name, function, bound in targets:
             if (id(module), name) not in standing:
                 self.patches.append(Patch(module, name, function, *bound))
+
+    def _modules(self, engine: Intercepted, path: str, block: nn.Module, adapter: Adapter) -> Iterator[Target]:
+        """A target for each module of a block, unless the block's compiled code hides them."""
+        self.hidden.discard(path)
+        if getattr(block, COMPILED, None) is not None:
+            self.hidden.add(path)
+            return
+        for name, (module, role) in find_modules(path, block, adapter).items():
+            self.roles[path, name] = role
+            yield module, "forward", intercept_module, (engine, path, name)
+
+    def notes(self, graph: Graph) -> set[str]:
+        """A sentence for what keeps modules of a graph's blocks from being sites."""
+        found = {HIDDEN} if any(visit.block in self.hidden for visit in graph.visits) else set()
+        found |= {
+            f"module {module.name} of {visit.kind} writes into what it takes, so that it runs on every step"
+            for visit in graph.visits
+            for module in visit.modules
+            if module.writes
+        }
+        return found
 
     def detach(self) -> None:
         """Take them out. One that lies under somebody else's hook stays; the engine that it asks says that it is removed."""
@@ -74,7 +113,7 @@ def owner_of(module: nn.Module) -> Intercepted | None:
     """The engine whose interceptor lies on a module, under whatever other hooks."""
     found = module.__dict__.get("forward")
     while found is not None:
-        ours = isinstance(found, functools.partial) and found.func in (intercept_model, intercept_block)
+        ours = isinstance(found, functools.partial) and found.func in (intercept_model, intercept_block, intercept_module)
         if ours and not found.args[0].removed:
             engine: Intercepted = found.args[0]
             return engine
@@ -101,6 +140,13 @@ def intercept_block(engine: Intercepted, path: str, original: Original, *args: A
     if torch.compiler.is_compiling():
         return original(*args, **kwargs)
     return engine.block(path, original, args, kwargs)
+
+
+def intercept_module(engine: Intercepted, block: str, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Stands in the place of the forward of a module within a block, or before its compiled code."""
+    if torch.compiler.is_compiling():
+        return original(*args, **kwargs)
+    return engine.module(block, name, original, args, kwargs)
 
 
 @contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from cachekit.errors import ConfigError
 from cachekit.graph import Graph
+from cachekit.inside import KINDS, MODULES
+from cachekit.module_sites import module_sites
 from cachekit.policy import Policy
 from cachekit.reuse import Reuse
 from cachekit.tree import Path
@@ -25,31 +28,58 @@ class Segment:
             Where an adapter groups blocks into units, they count units. ``start="model"`` is the whole prediction.
         policy: for this segment alone; None takes ``wrap``'s.
         reuse: for this segment alone; None takes ``wrap``'s.
+        modules: in place of the blocks, their modules of these kinds, which share the decision: ``"attn"``, ``"cross_attn"``,
+            ``"mlp"``, ``"spatial_attn"``, ``"temporal_attn"``, or a tuple of them. The blocks themselves run on every step.
+        each: a decision for every block (or unit) on its own, in place of one for all.
     """
 
     start: int | str | None = None
     stop: int | None = None
     policy: Any = None
     reuse: Any = None
+    modules: str | tuple[str, ...] | None = None
+    each: bool = False
 
     @property
     def is_model(self) -> bool:
         """Whether the site is the whole prediction."""
         return self.start == MODEL
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kinds of modules that it covers; none where it covers blocks."""
+        return (self.modules,) if isinstance(self.modules, str) else tuple(self.modules or ())
+
+    def units(self, units: int) -> range:
+        """The units that it covers, of so many."""
+        if isinstance(self.start, str):
+            return range(0)
+        return range(units)[slice(self.start, self.stop)]
+
+
+WRITTEN: Mapping[str, Segment] = MappingProxyType(
+    {
+        "all": Segment(),
+        "stack": Segment(),
+        "blocks": Segment(each=True),
+        "modules": Segment(modules=KINDS),
+        MODEL: Segment(MODEL),
+        **{name: Segment(modules=name) for name in MODULES},
+    }
+)
+
 
 def parse_segments(segments: Any) -> tuple[Segment, ...]:
-    """``None``/``"middle"``, ``"all"``, ``"skip-K"``, ``"model"``, (start, stop), a ``Segment``, or a list of these.
+    """``None``/``"middle"``, ``"all"``/``"stack"``, ``"skip-K"``, ``"blocks"``, ``"modules"``, a kind of module, ``"model"``,
+    (start, stop), a ``Segment``, or a list of these.
 
     Raises:
         ConfigError: anything else, or a range that no stack can have blocks in.
     """
     if segments is None or segments == "middle":
         return (Segment(1, -1),)
-    if segments == "all":
-        return (Segment(),)
-    if segments == MODEL:
-        return (Segment(MODEL),)
+    if isinstance(segments, str) and segments in WRITTEN:
+        return (WRITTEN[segments],)
     if isinstance(segments, str) and (match := re.fullmatch(r"skip-(\d+)", segments)):
         k = int(match[1])
         return (Segment(k, -k if k else None),)
@@ -64,8 +94,8 @@ def parse_segments(segments: Any) -> tuple[Segment, ...]:
     if isinstance(segments, list | tuple) and segments and not any(isinstance(item, int | float) for item in segments):
         return tuple(found for item in segments for found in parse_segments(item))
     raise ConfigError(
-        f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'model', (start, stop), "
-        "or a list of (start, stop) and cachekit.Segment(start, stop, policy=..., reuse=...)"
+        f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'blocks', 'modules', 'attn', 'cross_attn', 'mlp', "
+        "'model', (start, stop), or a list of (start, stop) and cachekit.Segment(start, stop, policy=..., reuse=..., modules=...)"
     )
 
 
@@ -78,8 +108,10 @@ def _is_pair(value: Any) -> bool:
 
 
 def _checked(segment: Segment) -> Segment:
-    if segment.is_model and segment.stop is None:
+    if segment.is_model and segment.stop is None and not segment.names and not segment.each:
         return segment
+    if segment.modules is not None and not (segment.names and all(name in MODULES for name in segment.names)):
+        raise ConfigError(f"modules={segment.modules!r}; write one of {', '.join(map(repr, MODULES))}, or a tuple of them")
     start, stop = segment.start, segment.stop
     if not _is_end(start) or not _is_end(stop):
         raise ConfigError(
@@ -135,26 +167,36 @@ class Layout:
         actions: of each visit, None outside every segment.
         firsts: the visit at which each segment's decision falls; None for one that covers no block.
         spans: for each segment what its policy looks at, by what the policy calls it (``Policy.needs``).
+        modules: of each visit, the segment that each of its modules' calls belongs to, or None.
     """
 
     actions: tuple[Action | None, ...]
     firsts: tuple[int | None, ...]
     spans: tuple[Mapping[str, Span], ...]
+    modules: tuple[tuple[int | None, ...], ...]
 
     def notes(self, graph: Graph, sites: tuple[Site, ...]) -> set[str]:
-        """A sentence for each segment that covers no block of this graph."""
+        """A sentence for each segment that covers nothing of this graph."""
         return {
-            f"segment ({site.segment.start}, {site.segment.stop}) covers none of this stack's {len(graph.blocks)} blocks: all run"
+            f"segment ({site.segment.start}, {site.segment.stop}) covers none of this stack's {len(graph.blocks)} blocks"
+            f"{f' with a module of kind {join(site.segment.names)}' if site.segment.names else ''}: all run"
             for site, first in zip(sites, self.firsts, strict=True)
             if first is None and not site.segment.is_model and graph.blocks
         }
 
 
-def bounds(segment: Segment, units: int) -> range:
-    """The units that a segment covers, of so many."""
-    if isinstance(segment.start, str):
-        return range(0)
-    return range(units)[slice(segment.start, segment.stop)]
+def join(names: tuple[str, ...]) -> str:
+    """Names in a sentence."""
+    return " or ".join(names)
+
+
+def expanded(sites: tuple[Site, ...], units: int) -> tuple[Site, ...]:
+    """One site for each unit where a segment asks for a decision each (``each=True``)."""
+    found: list[Site] = []
+    for site in sites:
+        covered = site.segment.units(units) if site.segment.each else range(0)
+        found += [replace(site, segment=replace(site.segment, start=u, stop=u + 1, each=False)) for u in covered] or [site]
+    return tuple(found)
 
 
 def lay_out(graph: Graph, sites: tuple[Site, ...], unit: int) -> Layout:
@@ -167,8 +209,10 @@ def lay_out(graph: Graph, sites: tuple[Site, ...], unit: int) -> Layout:
     units = [blocks[k : k + unit] for k in range(0, len(blocks), unit)]
     owner: dict[int, int] = {}
     for k, site in enumerate(sites):
-        covered = bounds(site.segment, len(units))
+        covered = site.segment.units(len(units))
         _check_range(site.segment, len(units))
+        if site.segment.names:
+            continue
         for v in (v for u in covered for v in units[u]):
             if v in owner:
                 raise ConfigError(f"segments {sites[owner[v]].segment} and {site.segment} share block {graph.visits[v].block}")
@@ -177,9 +221,15 @@ def lay_out(graph: Graph, sites: tuple[Site, ...], unit: int) -> Layout:
     for k, site in enumerate(sites):
         for run in _runs(graph, [v for v in blocks if owner.get(v) == k], site.reuse):
             _lay_run(graph, owner, k, run, actions)
-    firsts = tuple(min((v for v, o in owner.items() if o == k), default=None) for k in range(len(sites)))
+    modules = module_sites(graph, [site.segment for site in sites], units, owner)
+    members: list[set[int]] = [{v for v, o in owner.items() if o == k} for k in range(len(sites))]
+    for v, owners in enumerate(modules):
+        for of in owners:
+            if of is not None:
+                members[of].add(v)
+    firsts = tuple(min(found, default=None) for found in members)
     spans = tuple(_spans(graph, first, site.policy.required()) for first, site in zip(firsts, sites, strict=True))
-    return Layout(tuple(actions), firsts, spans)
+    return Layout(tuple(actions), firsts, spans, modules)
 
 
 def _spans(graph: Graph, first: int | None, needs: frozenset[str]) -> dict[str, Span]:

@@ -12,7 +12,7 @@ from cachekit.graph import Graph
 from cachekit.inputs import Inputs
 from cachekit.policy import Step
 from cachekit.reuse import History
-from cachekit.segments import Layout
+from cachekit.segments import Layout, Site
 from cachekit.trajectory import AGAIN, Comparer, Trace
 from cachekit.tree import Path
 
@@ -45,6 +45,7 @@ class Branch:
     graph: Graph | None = None
     layout: Layout | None = None
     blocks: list[str] | None = None
+    sites: tuple[Site, ...] = ()
     structure: Any = None
     store: dict[Key, History] = field(default_factory=dict)
     probes: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class Branch:
     def drop(self) -> None:
         """Forget the graph and everything stored; the next call is a full one."""
         self.graph = self.layout = self.blocks = self.structure = None
+        self.sites = ()
         self.store, self.probes, self.ready = {}, {}, set()
 
     @property

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Record:
-    """One model call: step index, timestep, branch, and for each block visit in order whether the block ran."""
+    """One model call: step index, timestep, branch, and for each block visit in order whether the block ran.
+
+    ``modules`` says the same of the calls of modules in the blocks that ran, where segments cover such modules.
+    """
 
     i: int
     t: float
     branch: str
     recomputed: tuple[bool, ...]
+    modules: tuple[bool, ...] = ()
 
 
 @dataclass
@@ -24,6 +28,8 @@ class Stats:
         steps: model calls.
         generations: generations that were begun.
         blocks_run, blocks_total: block visits that ran, and that the uncached model would have run.
+        modules_run, modules_total: calls of attention, cross-attention or MLP modules in blocks that ran, where segments cover
+            such modules: those that ran, and that the uncached model would have run.
         bytes_held, bytes_peak: bytes of stored tensors now, and at the most.
         synchronisations: device synchronisations that reading timesteps, telling samples apart and probes caused.
         uncached: reason -> number of calls that were computed in full for it, with nothing stored.
@@ -36,6 +42,8 @@ class Stats:
     generations: int = 0
     blocks_run: int = 0
     blocks_total: int = 0
+    modules_run: int = 0
+    modules_total: int = 0
     bytes_held: int = 0
     bytes_peak: int = 0
     synchronisations: int = 0
@@ -59,6 +67,8 @@ class Stats:
         self.steps += 1
         self.blocks_run += sum(record.recomputed)
         self.blocks_total += len(record.recomputed)
+        self.modules_run += sum(record.modules)
+        self.modules_total += len(record.modules)
         self.records.append(record)
 
     def hold(self, nbytes: int) -> None:
@@ -70,7 +80,8 @@ class Stats:
         share = self.blocks_run / self.blocks_total if self.blocks_total else 1.0
         lines = [
             f"{_count(self.steps, 'step')} in {_count(self.generations, 'generation')}"
-            + (f", {self.blocks_run} of {self.blocks_total} blocks run ({share:.0%})" if self.blocks_total else ""),
+            + (f", {self.blocks_run} of {self.blocks_total} blocks run ({share:.0%})" if self.blocks_total else "")
+            + (f", {self.modules_run} of {self.modules_total} modules in them" if self.modules_total else ""),
             f"{self.bytes_held / 2**20:.1f} MiB held, {self.bytes_peak / 2**20:.1f} MiB at the most",
         ]
         lines += [f"computed in full {count} times: {reason}" for reason, count in self.uncached.items()]

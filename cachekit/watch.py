@@ -19,7 +19,7 @@ class Relayout(Protocol):
     def relayouts(self, previous: str, block: str) -> bool: ...
 
 
-class _Known:
+class Known:
     """A tensor as it was once."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -37,7 +37,7 @@ class _Known:
         return self.copy is None or torch.equal(self.copy, tensor)
 
 
-class _Produced(_Known):
+class _Produced(Known):
     """A block's output."""
 
     def __init__(self, tensor: Tensor, visit: int, output: Path) -> None:
@@ -67,7 +67,7 @@ class Watch:
         self.seen: list[_Seen] = []
         self._produced: dict[int, _Produced] = {}
         self._last: list[_Produced] = []
-        self._entering: list[tuple[Path, _Known]] = []
+        self._entering: list[tuple[Path, Known]] = []
 
     def before(self, block: str, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a block's inputs, before it may write into them."""
@@ -75,7 +75,7 @@ class Watch:
         self._entering = []
         for path, tensor in arguments(args, kwargs):
             ins.append((path, signature(tensor)))
-            self._entering.append((path, _Known(tensor)))
+            self._entering.append((path, Known(tensor)))
             produced = self._produced.get(id(tensor))
             if produced is not None and produced.is_still(tensor):
                 origins[path] = produced.visit, produced.output
@@ -153,6 +153,7 @@ class Watch:
                     sources=tuple(Source(path, *origin) for path, origin in seen.origins.items() if path not in taken),
                     signatures=tuple(ins[path] for path, _ in streams),
                     structure=seen.structure,
+                    outputs=tuple(seen.outs),
                 )
             )
         return Graph(tuple(visits))

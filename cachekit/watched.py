@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from cachekit import module_store
 from cachekit.adapter import Adapter
 from cachekit.call import Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
+from cachekit.graph import Graph, ModuleVisit
+from cachekit.inside import Role, covers
+from cachekit.module_watch import ModuleWatch
 from cachekit.policy import NO_PROBE, PROBES
-from cachekit.segments import lay_out
-from cachekit.tree import Path, arguments, pick, tensors
+from cachekit.segments import Layout, Segment, expanded, lay_out
+from cachekit.tree import Path, arguments, pick, replaced, tensors
 from cachekit.watch import Watch
+
+
+class Found(Protocol):
+    """What is intercepted: the class name of each block, and the role of each of its modules."""
+
+    kinds: dict[str, str]
+    roles: dict[tuple[str, str], Role]
 
 
 class WatchedCall(PlainCall):
@@ -23,9 +34,13 @@ class WatchedCall(PlainCall):
     last few outputs, those after which a chain broke, and those that a later block takes in.
     """
 
-    def __init__(self, decisions: Decisions, adapter: Adapter, kinds: dict[str, str]) -> None:
+    def __init__(self, decisions: Decisions, adapter: Adapter, interceptors: Found) -> None:
         super().__init__()
-        self.decisions, self.adapter, self.kinds = decisions, adapter, kinds
+        self.decisions, self.adapter, self.found = decisions, adapter, interceptors
+        kinds = interceptors.kinds
+        self.module_watch = ModuleWatch()
+        self._modules: dict[tuple[int, int], tuple[Any, dict[Path, Tensor]]] = {}
+        self._block = ""
         self.watch = Watch(adapter)
         self._outputs: dict[int, dict[Path, Tensor]] = {}
         self._inputs: dict[int, dict[Path, Tensor]] = {}
@@ -33,7 +48,10 @@ class WatchedCall(PlainCall):
         needs = frozenset[str]().union(*(site.policy.required() for site in decisions.sites))
         # Whatever counts from where a chain starts needs what entered there.
         self._entering = "front" in needs or any(site.reuse.beta for site in decisions.sites)
-        segments = [site.segment for site in decisions.sites if not site.segment.is_model]
+        self._modules_enter = any(site.reuse.beta and site.segment.names for site in decisions.sites)
+        segments = [site.segment for site in decisions.sites if not site.segment.is_model and not site.segment.names]
+        # Where every block has a decision of its own, every one is an end.
+        self._each = any(segment.each for segment in segments)
         starts = [segment.start * adapter.unit for segment in segments if isinstance(segment.start, int)]
         # A start counted from the back is a guess: that the model calls each of its blocks once.
         self._starts = {start if start >= 0 else len(kinds) + start for start in starts}
@@ -45,7 +63,8 @@ class WatchedCall(PlainCall):
     def visit(self, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block and note what it takes and returns."""
         v = len(self.recomputed)
-        self.watch.before(block, self.kinds[block], args, kwargs)
+        self._block = block
+        self.watch.before(block, self.found.kinds[block], args, kwargs)
         for path, (source, output) in self.watch.seen[v].origins.items():
             if source < v - 1:
                 self._kept.add(source)
@@ -56,22 +75,81 @@ class WatchedCall(PlainCall):
         result = super().visit(block, original, args, kwargs)
         if self.watch.after(result) != "same":
             self._kept.add(v - 1)
-        elif v not in self._starts and v not in self._probed:
+        elif v not in self._starts and v not in self._probed and not self._each:
             self._inputs.pop(v, None)
         self._outputs[v] = {path: tensor.detach().clone() for path, tensor in tensors(result)}
         self._forget(v - self._window)
         return result
 
     def _forget(self, v: int) -> None:
-        if v in self._outputs and v not in self._kept | self._ends | self._probed and not self.watch.has_extras(v):
+        if (
+            v in self._outputs
+            and not self._each
+            and v not in self._kept | self._ends | self._probed
+            and not self.watch.has_extras(v)
+        ):
             del self._outputs[v]
+
+    def module(self, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module and note what it takes and returns."""
+        v = len(self.recomputed) - 1
+        self.modules.append(True)
+        enters = {path: tensor.detach().clone() for path, tensor in arguments(args, kwargs)} if self._modules_enter else {}
+        result, seen = self.module_watch.call(v, name, self.found.roles[self._block, name], original, args, kwargs)
+        if any(self._may_cover(site.segment, v, seen) for site in self.decisions.sites):
+            copies = {path: tensor.detach().clone() for path, tensor in tensors(result)}
+            entering = {out: enters[path] for out, path in seen.entry if path in enters}
+            self._modules[v, len(self.module_watch.seen[v]) - 1] = replaced(result, copies), entering
+        return result
+
+    def _may_cover(self, segment: Segment, v: int, seen: ModuleVisit) -> bool:
+        """Whether a segment may turn out to cover a module. Where an end counts from the back, that is not known yet."""
+        u = v // self.adapter.unit
+        before = isinstance(segment.start, int) and 0 <= u < segment.start
+        behind = segment.stop is not None and 0 <= segment.stop <= u
+        return not before and not behind and covers(segment.names, seen.kind, seen.temporal)
 
     def close(self) -> None:
         """Store what the segments hold. One whose values were not kept is computed again in the next call."""
-        branch, sites = self.decisions.branch, self.decisions.sites
-        branch.graph = graph = self.watch.graph()
+        branch, decisions = self.decisions.branch, self.decisions
+        branch.graph = graph = self.module_watch.onto(self.watch.graph())
+        branch.sites = decisions.sites = sites = expanded(decisions.sites, -(-len(graph.blocks) // self.adapter.unit))
+        if len(branch.states) != len(sites):
+            branch.states = [site.policy.init() for site in sites]
         branch.layout = layout = lay_out(graph, sites, self.adapter.unit)
+        lacking = self._keep_blocks(layout) | self._keep_modules(graph, layout)
+        for span in (span for spans in layout.spans for span in spans.values()):
+            left, entered = self._outputs.get(span.end, {}).get(span.leaves), self._inputs.get(span.start, {}).get(span.enters)
+            if left is not None and entered is not None:
+                decisions.residuals[span] = left - entered
+        covered = {k for k, first in enumerate(layout.firsts) if first is not None}
+        for k in covered:
+            if PROBES & sites[k].policy.required() and not layout.firsts[k]:
+                raise ConfigError(NO_PROBE)
+        branch.ready |= covered - lacking
+        for k in covered:
+            decisions.made[k] = True
+
+    def _keep_modules(self, graph: Graph, layout: Layout) -> set[int]:
+        """Store what modules returned; returns the segments that lack something."""
         lacking = set()
+        for v, owners in enumerate(layout.modules):
+            for n, k in enumerate(owners):
+                if k is None:
+                    continue
+                seen = graph.visits[v].modules[n]
+                module_store.check_entries(self.decisions, k, seen)
+                if (v, n) not in self._modules:
+                    lacking.add(k)
+                    continue
+                # Kept as it is let go, so that no more than one is held twice.
+                result, entering = self._modules.pop((v, n))
+                module_store.keep(self.decisions, k, (v, n), seen, result, entering)
+        return lacking
+
+    def _keep_blocks(self, layout: Layout) -> set[int]:
+        """Store what leaves the segments; returns those that lack something."""
+        sites, lacking = self.decisions.sites, set()
         for v, action in enumerate(layout.actions):
             if action is None:
                 continue
@@ -83,14 +161,4 @@ class WatchedCall(PlainCall):
                     lacking.add(action.site)
                 else:
                     self.decisions.keep(action.site, v, path, value, entry)
-        for span in (span for spans in layout.spans for span in spans.values()):
-            left, entered = self._outputs.get(span.end, {}).get(span.leaves), self._inputs.get(span.start, {}).get(span.enters)
-            if left is not None and entered is not None:
-                self.decisions.residuals[span] = left - entered
-        covered = {action.site for action in layout.actions if action is not None}
-        for k in covered:
-            if PROBES & sites[k].policy.required() and not layout.firsts[k]:
-                raise ConfigError(NO_PROBE)
-        branch.ready |= covered - lacking
-        for k in covered:
-            self.decisions.made[k] = True
+        return lacking
