@@ -6,6 +6,7 @@ from cachekit.anatomy import graph
 from cachekit.check import check
 from cachekit.errors import CachekitError, ConfigError, ModelError
 from cachekit.findings import Finding, Report
+from cachekit.for_model import ForModel
 from cachekit.graph import Cost, Graph, Visit
 from cachekit.long_skips import add_long_skips, remove_long_skips
 from cachekit.policy import Policy, Preset, Step
@@ -27,6 +28,7 @@ __all__ = [
     "Cost",
     "Distillation",
     "Finding",
+    "ForModel",
     "Forecast",
     "Graph",
     "Handle",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import nn
 from cachekit.adapter import Adapter, adapter_for
 from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
+from cachekit.for_model import bound
 from cachekit.interceptors import owner_of
 from cachekit.policy import NO_PROBE, PROBES, Preset
 from cachekit.reuse import parse_reuse
@@ -103,12 +104,14 @@ def wrap(
         ConfigError: a policy, segment, reuse or adapter that can't be read.
         ModelError: not a module, or one that holds or lies in another wrapped module.
     """
-    sites = _sites(parse_policy(policy), segments, reuse)
+    preset = parse_policy(policy)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{type(model).__name__} is no torch.nn.Module; wrap the transformer itself, for example pipe.transformer")
     _refuse_nesting(model)
+    facts = adapter_for(model, adapter)
+    sites = _sites(lambda written: bound(parse_policy(written), model, facts), preset, segments, reuse)
     unwrap(model)
-    engine = Engine(model, sites, adapter_for(model, adapter))
+    engine = Engine(model, sites, facts)
     engine.attach()
     model.__dict__["cachekit"] = Handle(engine)
     return model
@@ -153,11 +156,12 @@ def _refuse_nesting(model: nn.Module) -> None:
             )
 
 
-def _sites(preset: Preset, segments: Any, reuse: Any) -> tuple[Site, ...]:
+def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: Any) -> tuple[Site, ...]:
+    preset = read(policy)
     default_reuse = reuse if reuse is not None else preset.reuse
     made = []
     for segment in parse_segments(segments if segments is not None else preset.segments):
-        own = preset if segment.policy is None else parse_policy(segment.policy)
+        own = preset if segment.policy is None else read(segment.policy)
         chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
         if segment.is_model and PROBES & own.policy.required():
             raise ConfigError(NO_PROBE)

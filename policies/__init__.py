@@ -19,6 +19,7 @@ from cachekit.policies.front_change import front_change
 from cachekit.policies.hicache import hicache
 from cachekit.policies.last import last, tail
 from cachekit.policies.magcache import magcache
+from cachekit.policies.magcache_published import magcache_published
 from cachekit.policies.moved import moved
 from cachekit.policies.outside import outside
 from cachekit.policies.skip_cache import skip_cache
@@ -39,6 +40,7 @@ __all__ = [
     "hicache",
     "last",
     "magcache",
+    "magcache_published",
     "moved",
     "outside",
     "skip_cache",
@@ -47,7 +49,8 @@ __all__ = [
     "taylorseer",
 ]
 
-# Name in a spec string -> what makes the policy from the numbers behind it. magcache needs a calibration, so it has no name here.
+# Name in a spec string -> what makes the policy from the numbers behind it. magcache itself takes a
+# calibration, so that the name is that of its published ratios.
 POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "skip-every": skip_every,
@@ -68,5 +71,6 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "foca": foca,
         "delta-dit": delta_dit,
         "adacache": adacache,
+        "magcache": magcache_published,
     }
 )

@@ -97,8 +97,12 @@ def test_presets(spec: str, made: Preset, policy: Any, segments: Any, reuse: Any
     assert parse_policy(spec) == made == Preset(policy, segments, reuse)
 
 
-def test_every_known_policy_is_tried_above() -> None:
-    tried = {type(policy).__name__ for _, policy in LEAVES} | {"skip_cache", "skip_every"}
+# Tried on models, in test_for_model.py.
+FOR_MODELS = {"magcache_published"}
+
+
+def test_every_known_policy_is_tried() -> None:
+    tried = FOR_MODELS | {type(policy).__name__ for _, policy in LEAVES} | {"skip_cache", "skip_every"}
     tried |= {spec.rstrip("0123456789.-").replace("-", "_") for spec, *_ in PRESETS}
     assert {maker.__name__ for maker in POLICIES.values()} <= tried
 
