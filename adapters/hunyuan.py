@@ -40,4 +40,5 @@ HUNYUAN_VIDEO_ORIGINAL = Adapter(
     attention=(),
     cross_attention=(),
     mlp=("img_mlp", "txt_mlp"),
+    modulated=("img_attn_qkv",),
 )

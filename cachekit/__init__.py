@@ -14,6 +14,7 @@ from cachekit.retrofit import retrofit
 from cachekit.reuse import Forecast, Reuse
 from cachekit.schedule import Schedule, plan
 from cachekit.segments import Segment
+from cachekit.signals import Comparison, Signal
 from cachekit.skip_files import load_long_skips, save_long_skips
 from cachekit.stages import Distillation, Stage
 from cachekit.stats import Record, Stats
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "CachekitError",
+    "Comparison",
     "ConfigError",
     "Cost",
     "Distillation",
@@ -40,6 +42,7 @@ __all__ = [
     "Reuse",
     "Schedule",
     "Segment",
+    "Signal",
     "Stage",
     "Stats",
     "Step",

@@ -35,6 +35,8 @@ class Adapter(BaseModel):
         attention, cross_attention, mlp: names within a block of these modules. Where neither of the first two is given, or not
             the third, those of other names are found by their class and shape, and what kind an attention is by its call.
         temporal: regular expression for the paths of blocks that attend over time, where others attend over space.
+        modulated: names within a block of the module that takes in the block's normed and modulated stream, where that is not its
+            attention.
         translate: puts a checkpoint of another repository under the names of this class.
         unneeded: keys (globs) that such a checkpoint may have and the class does without.
     """
@@ -57,6 +59,7 @@ class Adapter(BaseModel):
     cross_attention: tuple[str, ...] = Field(default=("cross_attn", "attn2"))
     mlp: tuple[str, ...] = Field(default=("mlp", "ff", "ffn", "ff_context", "feed_forward"))
     temporal: str | None = None
+    modulated: tuple[str, ...] = ()
     translate: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     unneeded: tuple[str, ...] = ()
 

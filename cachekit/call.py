@@ -47,6 +47,7 @@ class KnownCall(PlainCall):
         super().__init__()
         self.graph, self.layout, self.decisions = graph, layout, decisions
         self._spans = {span for spans in layout.spans for span in spans.values()}
+        self._first = next(iter(graph.blocks), None)
         self._opened: dict[tuple[int, Path], Tensor] = {}
         self._entering: dict[int, dict[Path, Tensor]] = {}
         self._returned: dict[Path, tuple[Tensor, int | None]] = {}
@@ -63,6 +64,8 @@ class KnownCall(PlainCall):
             raise GraphChanged("another sequence of blocks")
         visit, action = self.graph.visits[v], self.layout.actions[v]
         self._check(visit, args, kwargs)
+        if v == self._first and self.decisions.looks_at("modulated"):
+            self.decisions.show_modulated(block, original, args, kwargs, [path for path, _ in visit.streams])
         runs = action is None or self.decisions.recompute(action.site)
         self._before(v, visit, action, runs, args, kwargs)
         if runs:
@@ -77,8 +80,8 @@ class KnownCall(PlainCall):
             result = self._instead(v, visit, action, args, kwargs) if action is not None else None
         for span in self._spans:
             if span.end == v:
-                entered = self._opened[span.start, span.enters]
-                self.decisions.residuals[span] = get(result, span.leaves).detach() - entered
+                left = get(result, span.leaves).detach()
+                self.decisions.shown[span] = left.clone() if span.enters is None else left - self._opened[span.start, span.enters]
         self._returned = {path: (tensor, _version(tensor)) for path, tensor in tensors(result)}
         return result
 
@@ -137,7 +140,7 @@ class KnownCall(PlainCall):
             entering = {path: pick(args, kwargs, path).detach() for path, _ in visit.streams}
             self._entering[v] = {path: tensor.clone() for path, tensor in entering.items()} if runs else entering
         for span in self._spans:
-            if span.start == v:
+            if span.start == v and span.enters is not None:
                 self._opened[v, span.enters] = pick(args, kwargs, span.enters).detach().clone()
 
     def _entry(self, action: Action, path: Path) -> Tensor | None:

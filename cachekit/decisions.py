@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
+from cachekit.errors import ConfigError
+from cachekit.peek import Peeker
 from cachekit.policy import Step
 from cachekit.reuse import History
 from cachekit.segments import Site, Span
 from cachekit.session import Branch
-from cachekit.tree import Path
+from cachekit.signals import LACKING, PROBES, Comparison, Of, Signal
+from cachekit.tree import Path, tensors
 
 
 class Decisions:
-    """Asks lazily, so that a policy can see what the blocks before its segment showed in this very call."""
+    """Asks lazily, so that a policy can see what the blocks before its segment showed in this very call.
 
-    def __init__(self, branch: Branch, sites: tuple[Site, ...], step: Step) -> None:
-        self.branch, self.sites, self.step = branch, sites, step
+    Attributes:
+        made: segment -> whether it is recomputed, as far as it was asked for.
+        shown: what the call has shown of what policies look at: by span for blocks, by name for everything else.
+        waits: device synchronisations so far.
+    """
+
+    def __init__(self, branch: Branch, sites: tuple[Site, ...], step: Step, peeker: Peeker) -> None:
+        self.branch, self.sites, self.step, self.peeker = branch, sites, step, peeker
         self.waits = 0
         self.made: dict[int, bool] = {}
-        self.residuals: dict[Span, Tensor] = {}
+        self.shown: dict[Span | str, Tensor] = {}
+        self._compared: dict[tuple[int, Signal], Comparison] = {}
+        if self.looks_at("sample") and branch.inputs.sample is not None:
+            # A copy, since the model may write into it.
+            self.shown["sample"] = branch.inputs.sample.detach().clone()
+
+    def looks_at(self, of: Of) -> bool:
+        """Whether some policy does."""
+        return any(signal.of == of for site in self.sites for signal in site.signals)
 
     @property
     def whole(self) -> list[int]:
@@ -35,32 +53,68 @@ class Decisions:
             self.made[k] = k not in self.branch.ready or self.sites[k].policy.decide(self.branch.states[k], self._seen_by(k))
         return self.made[k]
 
+    def show_modulated(
+        self, block: str, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Sequence[Path] | None = None
+    ) -> None:
+        """Look into the first block, which is about to be called."""
+        found = self.peeker.peek(block, original, args, kwargs, streams)
+        if found is not None:
+            self.shown["modulated"] = found
+
+    def show_prediction(self, result: Any) -> None:
+        """Note what the model returns: the first tensor of the sample's shape, else the first."""
+        if self.looks_at("prediction"):
+            found = [tensor for _, tensor in tensors(result)]
+            shape = None if self.branch.inputs.sample is None else self.branch.inputs.sample.shape
+            chosen = next((tensor for tensor in found if tensor.shape == shape), next(iter(found), None))
+            if chosen is not None:
+                self.shown["prediction"] = chosen.detach().clone()
+
     def _seen_by(self, k: int) -> Step:
-        if self.branch.layout is None or not self.branch.layout.firsts[k]:
-            return self.step
-        probe, front = (functools.partial(self._change, k, kind) for kind in ("probe", "front"))
-        return dataclasses.replace(self.step, probe=probe, front=front)
+        return dataclasses.replace(self.step, look=functools.partial(self._compare, k))
 
-    def _spans(self, k: int) -> Mapping[str, Span]:
-        return self.branch.layout.spans[k] if self.branch.layout is not None else {}
+    def _compare(self, k: int, signal: Signal) -> Comparison:
+        if signal not in self.sites[k].signals:
+            raise ConfigError(f"{signal} is read, but not declared; add it to the policy's needs")
+        if signal.of in PROBES and (self.branch.layout is None or not self.branch.layout.firsts[k]):
+            raise ConfigError(LACKING[signal.of])
+        compared = self._compared.get((k, signal))
+        # What the call had not shown yet when it was asked for, it may have by now.
+        if compared is None or compared.value is None:
+            self._compared[k, signal] = compared = Comparison(*self._pair(k, signal), self._count)
+        return compared
 
-    def _change(self, k: int, kind: str) -> float:
-        span = self._spans(k).get(kind)
-        then, now = self.branch.probes.get((k, kind)), self.residuals.get(span) if span is not None else None
-        if then is None or now is None or then.shape != now.shape:
-            return float("inf")
-        change = (now - then).abs().mean() / then.abs().mean()
-        self.waits += change.device.type != "cpu"
-        return float(change)
+    def _pair(self, k: int, signal: Signal) -> tuple[Tensor | None, Tensor | None]:
+        now = self._now(k, signal.of)
+        if signal.of != "check":
+            return now, self.branch.references.get((k, signal))
+        span = self._span(k, signal.of)
+        known = now is not None and span is not None and (k, span.end, span.leaves) in self.branch.store
+        return (self.forecast(k, span.end, span.leaves, None) if known and span is not None else None), now
+
+    def _span(self, k: int, of: Of) -> Span | None:
+        return self.branch.layout.spans[k].get(of) if self.branch.layout is not None else None
+
+    def _now(self, k: int, of: Of) -> Tensor | None:
+        span = self._span(k, of)
+        return self.shown.get(of if span is None else span)
+
+    def _count(self, number: Tensor) -> None:
+        self.waits += number.device.type != "cpu"
 
     def close(self) -> None:
-        """Tell every policy what was done, and keep what its probe showed at a recompute."""
+        """Tell every policy what was done, and keep what its signals will be compared with."""
         for k, recomputed in self.made.items():
             policy, step = self.sites[k].policy, self._seen_by(k)
             self.branch.states[k] = policy.update(self.branch.states[k], step, recomputed)
-            for kind, span in self._spans(k).items():
-                if recomputed and span in self.residuals:
-                    self.branch.probes[k, kind] = self.residuals[span]
+            for signal in self.sites[k].signals:
+                now, span = self._now(k, signal.of), self._span(k, signal.of)
+                if now is None or not (recomputed or signal.since == "step"):
+                    continue
+                if signal.of != "check":
+                    self.branch.references[k, signal] = now
+                elif recomputed and span is not None:
+                    self.keep(k, span.end, span.leaves, now, None)
 
     def keep(self, k: int, v: int, path: Path, value: Tensor, entry: Tensor | None) -> None:
         """Store one value of segment k: the output, less beta times what entered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from cachekit.errors import ModelError
 from cachekit.inputs import Inputs, Reader
 from cachekit.interceptors import WHOLE, Interceptors
 from cachekit.lanes import Lanes
+from cachekit.peek import Peeker
 from cachekit.segments import Site
 from cachekit.session import Generation, Lane, Name, Placed, step_of
 from cachekit.stats import Record, Stats
@@ -44,6 +46,7 @@ class Engine:
         self.interceptors = Interceptors()
         self.removed = False
         self.reader = Reader(model.forward, adapter)
+        self.looks_inside = any(signal.of == "modulated" for site in sites for signal in site.signals)
         self._fresh()
 
     def _fresh(self) -> None:
@@ -51,9 +54,10 @@ class Engine:
         # Over the statistics and the interceptors, which threads share.
         self._lock = threading.Lock()
         self.lanes = Lanes(self._hold)
+        self.peeker = Peeker(functools.partial(self.interceptors.eager, self), self.note)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_local", "_lock", "lanes")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_local", "_lock", "lanes", "peeker")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -119,7 +123,7 @@ class Engine:
         """A module of a block is called."""
         local = self._local
         # One that lies in another, or in several blocks, is its own block's, and once.
-        if local.call is None or local.block != block or local.module:
+        if local.call is None or local.block != block or local.module or self.peeker.peeking:
             return original(*args, **kwargs)
         local.module = True
         try:
@@ -152,15 +156,16 @@ class Engine:
             branch.states = [site.policy.init() for site in self.sites]
             self._note_needs(generation)
         step = step_of(branch, generation, self.adapter.range)
-        decisions = Decisions(branch, branch.sites or self.sites, step)
+        decisions = Decisions(branch, branch.sites or self.sites, step, self.peeker)
         try:
             ran, result = self._run(decisions, original, args, kwargs)
         except GraphChanged as change:
             with self._lock:
                 self.stats.dropped[str(change)] += 1
             branch.drop()
-            decisions = Decisions(branch, self.sites, step)
+            decisions = Decisions(branch, self.sites, step, self.peeker)
             ran, result = self._run(decisions, original, args, kwargs)
+        decisions.show_prediction(result)
         decisions.close()
         with self._lock:
             self.stats.count(Record(branch.i, branch.t, branch.name.text, *ran), decisions.waits)
@@ -242,7 +247,7 @@ class Engine:
         return "mixed timesteps in one batch" if inputs.t is None else None
 
     def _note_needs(self, generation: Generation) -> None:
-        known = {"steps": generation.steps is not None}
+        known: dict[object, bool] = {"steps": generation.steps is not None}
         known["end"] = known["steps"] or self.adapter.range is not None
         for need in {need for site in self.sites for need in site.policy.required() if not known.get(need, True)}:
             what = "the number of steps is not" if need == "steps" else "neither the number of steps nor the timesteps' range is"

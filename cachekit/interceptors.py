@@ -13,8 +13,9 @@ from torch import nn
 from cachekit.adapter import Adapter
 from cachekit.blocks import find_blocks
 from cachekit.graph import Graph
-from cachekit.inside import Role, find_modules
+from cachekit.inside import CROSS, MLP, Role, find_modules
 from cachekit.patch import Patch
+from cachekit.peek import Peeker, intercept_look
 from cachekit.session import Name
 
 Original = Callable[..., Any]
@@ -22,6 +23,8 @@ Original = Callable[..., Any]
 Target = tuple[nn.Module, str, Callable[..., Any], tuple[Any, ...]]
 
 COMPILED = "_compiled_call_impl"
+# Where what torch.compile(block) returns keeps the block.
+WITHIN = "_orig_mod"
 WHOLE = "no block was seen running: compile the blocks (block.compile()), not the whole model; or use segments='model'"
 
 HIDDEN = (
@@ -35,6 +38,8 @@ class Intercepted(Protocol):
 
     model: nn.Module
     removed: bool
+    peeker: Peeker
+    looks_inside: bool
 
     def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
@@ -74,13 +79,15 @@ class Interceptors:
             targets.append((block, "forward", intercept_block, (engine, path)))
             if modules:
                 targets += self._modules(engine, path, block, adapter)
-        standing = {(id(patch.module), patch.name) for patch in self.patches if patch.in_place}
+            if engine.looks_inside:
+                targets += [(module, "forward", intercept_look, (engine,)) for module in _modulated(path, block, adapter)]
+        standing = {(id(patch.module), patch.name, patch.replacement.func) for patch in self.patches if patch.in_place}
         for module, name, function, bound in list(targets):
             # A compiled module is entered here; its forward would be traced, and the decision with it.
             if name == "forward" and getattr(module, COMPILED, None) is not None:
                 targets.append((module, COMPILED, function, bound))
         for module, name, function, bound in targets:
-            if (id(module), name) not in standing:
+            if (id(module), name, function) not in standing:
                 self.patches.append(Patch(module, name, function, *bound))
 
     def _modules(self, engine: Intercepted, path: str, block: nn.Module, adapter: Adapter) -> Iterator[Target]:
@@ -104,9 +111,26 @@ class Interceptors:
         }
         return found
 
+    def eager(self, engine: Intercepted, path: str, original: Original) -> Original:
+        """What to call for the code of the block at a path, given what its interceptor lies on: not what is compiled."""
+        block = engine.model.get_submodule(path)
+        within = block._modules.get(WITHIN)
+        if within is not None:
+            return within.forward
+        if getattr(block, COMPILED, None) is None:
+            return original
+        return next((patch.original for patch in self.patches if patch.module is block and patch.name == "forward"), original)
+
     def detach(self) -> None:
         """Take them out. One that lies under somebody else's hook stays; the engine that it asks says that it is removed."""
         self.patches = [patch for patch in reversed(self.patches) if not patch.remove()]
+
+
+def _modulated(path: str, block: nn.Module, adapter: Adapter) -> list[nn.Module]:
+    """The modules in a block that take in its normed and modulated stream: those that the adapter names, else its attention."""
+    if adapter.modulated:
+        return [module for name, module in block.named_modules() if name.rpartition(".")[2] in adapter.modulated]
+    return [module for module, role in find_modules(path, block, adapter).values() if role.kind not in (CROSS, MLP)]
 
 
 def owner_of(module: nn.Module) -> Intercepted | None:

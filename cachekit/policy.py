@@ -9,19 +9,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import ConfigDict
 
 from cachekit.errors import ConfigError
+from cachekit.signals import LACKING, NO_MODEL, Comparison, Signal
 
 S = TypeVar("S")
 
 # For policies and reuses: without it pydantic ignores a misspelt keyword, and the default is used in silence.
 STRICT = ConfigDict(extra="forbid")
-
-# What looks at the blocks before the segment, and can't be without them.
-PROBES = frozenset({"probe", "front"})
-
-NO_PROBE = (
-    "change() watches the block before the segment, and there is none here; leave the first block out, "
-    "for example segments='middle', and don't plan() it without a model"
-)
 
 
 @dataclass(frozen=True)
@@ -46,8 +39,20 @@ class Step:
     previous_t: float | None = None
     node: int = 0
     branch: str = ""
-    probe: Callable[[], float] | None = field(default=None, repr=False, compare=False)
-    front: Callable[[], float] | None = field(default=None, repr=False, compare=False)
+    look: Callable[[Signal], Comparison] | None = field(default=None, repr=False, compare=False)
+
+    def signal(self, signal: Signal) -> Comparison:
+        """What the model shows in this call against what it showed before. Reading a number of it may wait for the device.
+
+        Args:
+            signal: one of those that the policy declares in ``needs``.
+
+        Raises:
+            ConfigError: it is not declared, there is nothing to look at, or there is no model (``plan``).
+        """
+        if self.look is None:
+            raise ConfigError(LACKING[signal.of] if signal.of in ("probe", "front") else NO_MODEL)
+        return self.look(signal)
 
     @property
     def change(self) -> float:
@@ -58,9 +63,7 @@ class Step:
         Raises:
             ConfigError: the segment has no block before it (``"all"``, ``"model"``), or there is no model (``plan``).
         """
-        if self.probe is None:
-            raise ConfigError(NO_PROBE)
-        return self.probe()
+        return self.signal(Signal("probe")).relative
 
     @property
     def front_change(self) -> float:
@@ -71,9 +74,7 @@ class Step:
         Raises:
             ConfigError: as ``change``.
         """
-        if self.front is None:
-            raise ConfigError(NO_PROBE)
-        return self.front()
+        return self.signal(Signal("front")).relative
 
 
 class Policy(Generic[S]):
@@ -84,12 +85,13 @@ class Policy(Generic[S]):
     Whether anything is stored yet is the session's business: it recomputes then, whatever the policy says.
 
     Attributes:
-        needs: what the policy can't work without: ``"probe"`` (``step.change``), ``"front"`` (``step.front_change``), ``"steps"``
-            (``step.steps``), ``"end"`` (``step.steps`` or ``step.range``). Where it is missing, stats say so, or wrap raises
-            (probe, front).
+        needs: what the policy can't work without: each ``Signal`` that it reads with ``step.signal``, where ``"probe"``
+            (``step.change``) and ``"front"`` (``step.front_change``) are short for two of them; ``"steps"`` (``step.steps``),
+            ``"end"`` (``step.steps`` or ``step.range``). Where one is missing, stats say so (steps, end), or wrap or the first
+            step raises (signals).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str | Signal]] = frozenset()
 
     def init(self) -> S:
         """The state at the start of a generation; None unless overridden."""
@@ -103,7 +105,7 @@ class Policy(Generic[S]):
         """The state after a step in which the segment was recomputed or reused; the same unless overridden."""
         return state
 
-    def required(self) -> frozenset[str]:
+    def required(self) -> frozenset[str | Signal]:
         """What this policy and those inside it need."""
         return self.needs
 
@@ -127,7 +129,7 @@ class _Pair(Policy[tuple[Any, Any]]):
     def update(self, state: tuple[Any, Any], step: Step, recomputed: bool) -> tuple[Any, Any]:
         return self.a.update(state[0], step, recomputed), self.b.update(state[1], step, recomputed)
 
-    def required(self) -> frozenset[str]:
+    def required(self) -> frozenset[str | Signal]:
         return self.a.required() | self.b.required()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from cachekit.inside import KINDS, MODULES
 from cachekit.module_sites import module_sites
 from cachekit.policy import Policy
 from cachekit.reuse import Reuse
+from cachekit.signals import Signal, signals
 from cachekit.tree import Path
 
 MODEL = "model"
@@ -131,6 +133,11 @@ class Site:
     policy: Policy[Any]
     reuse: Reuse
 
+    @cached_property
+    def signals(self) -> frozenset[Signal]:
+        """What the policy looks at."""
+        return signals(self.policy.required())
+
 
 @dataclass(frozen=True)
 class Action:
@@ -151,10 +158,13 @@ class Action:
 
 @dataclass(frozen=True)
 class Span:
-    """Visits whose residual of the main stream a policy looks at: where it enters the first, and where it leaves the last."""
+    """Visits whose residual of the main stream a policy looks at: where it enters the first, and where it leaves the last.
+
+    Where ``enters`` is None it looks at what leaves the last.
+    """
 
     start: int
-    enters: Path
+    enters: Path | None
     end: int
     leaves: Path
 
@@ -166,7 +176,7 @@ class Layout:
     Attributes:
         actions: of each visit, None outside every segment.
         firsts: the visit at which each segment's decision falls; None for one that covers no block.
-        spans: for each segment what its policy looks at, by what the policy calls it (``Policy.needs``).
+        spans: for each segment what its policy looks at of the blocks around it, by the signal's name (``Signal.of``).
         modules: of each visit, the segment that each of its modules' calls belongs to, or None.
     """
 
@@ -228,18 +238,28 @@ def lay_out(graph: Graph, sites: tuple[Site, ...], unit: int) -> Layout:
             if of is not None:
                 members[of].add(v)
     firsts = tuple(min(found, default=None) for found in members)
-    spans = tuple(_spans(graph, first, site.policy.required()) for first, site in zip(firsts, sites, strict=True))
+    touched = set().union(*members)
+    spans = tuple(_spans(graph, found, touched, site.signals) for found, site in zip(members, sites, strict=True))
     return Layout(tuple(actions), firsts, spans, modules)
 
 
-def _spans(graph: Graph, first: int | None, needs: frozenset[str]) -> dict[str, Span]:
-    found = {}
+def _spans(graph: Graph, members: set[int], touched: set[int], looks: frozenset[Signal]) -> dict[str, Span]:
+    """What signals look at around a segment of these visits; ``touched`` are those that may not run in full on every step."""
+    found: dict[str, Span] = {}
+    names = {signal.of for signal in looks}
+    if not members:
+        return found
+    first = min(members)
     if first and graph.visits[first - 1].streams:
         enters, leaves = graph.visits[first - 1].streams[0]
-        if "probe" in needs:
+        if "probe" in names:
             found["probe"] = Span(first - 1, enters, first - 1, leaves)
-        if "front" in needs:
+        if "front" in names:
             found["front"] = Span(*_back(graph, first - 1, enters), first - 1, leaves)
+    behind = next((v for v in graph.blocks if v > max(members)), None)
+    # One that is itself reused now and then would be compared with a forecast.
+    if "check" in names and behind is not None and behind not in touched:
+        found["check"] = Span(behind, None, behind, graph.visits[behind].streams[0][1])
     return found
 
 

@@ -13,6 +13,7 @@ from cachekit.inputs import Inputs
 from cachekit.policy import Step
 from cachekit.reuse import History
 from cachekit.segments import Layout, Site
+from cachekit.signals import Signal
 from cachekit.trajectory import AGAIN, Comparer, Trace
 from cachekit.tree import Path
 
@@ -48,7 +49,7 @@ class Branch:
     sites: tuple[Site, ...] = ()
     structure: Any = None
     store: dict[Key, History] = field(default_factory=dict)
-    probes: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    references: dict[tuple[int, Signal], Tensor] = field(default_factory=dict)
     ready: set[int] = field(default_factory=set)
     states: list[Any] = field(default_factory=list)
 
@@ -78,12 +79,12 @@ class Branch:
         """Forget the graph and everything stored; the next call is a full one."""
         self.graph = self.layout = self.blocks = self.structure = None
         self.sites = ()
-        self.store, self.probes, self.ready = {}, {}, set()
+        self.store, self.references, self.ready = {}, {}, set()
 
     @property
     def nbytes(self) -> int:
-        probes = sum(value.numel() * value.element_size() for value in self.probes.values())
-        return probes + sum(history.nbytes for history in self.store.values())
+        references = sum(value.numel() * value.element_size() for value in self.references.values())
+        return references + sum(history.nbytes for history in self.store.values())
 
 
 @dataclass

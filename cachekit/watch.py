@@ -115,6 +115,10 @@ class Watch:
         """Whether a visit that is over returned a tensor for which it took none."""
         return len(self.seen[v].outs) > len(stream_inputs(self.seen[v].ins, self.seen[v].outs))
 
+    def has_streams(self, v: int) -> bool:
+        """Whether a visit that is over is a block: whether it returned a tensor that it took in, in a new version."""
+        return bool(stream_inputs(self.seen[v].ins, self.seen[v].outs))
+
     def _link(self, v: int) -> str | None:
         if v == 0:
             return None

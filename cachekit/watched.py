@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
@@ -14,8 +14,8 @@ from cachekit.errors import ConfigError
 from cachekit.graph import Graph, ModuleVisit
 from cachekit.inside import Role, covers
 from cachekit.module_watch import ModuleWatch
-from cachekit.policy import NO_PROBE, PROBES
 from cachekit.segments import Layout, Segment, expanded, lay_out
+from cachekit.signals import AROUND, LACKING, PROBES, Of
 from cachekit.tree import Path, arguments, pick, replaced, tensors
 from cachekit.watch import Watch
 
@@ -45,9 +45,9 @@ class WatchedCall(PlainCall):
         self._outputs: dict[int, dict[Path, Tensor]] = {}
         self._inputs: dict[int, dict[Path, Tensor]] = {}
         self._kept: set[int] = set()
-        needs = frozenset[str]().union(*(site.policy.required() for site in decisions.sites))
+        looks = {of for of in get_args(Of) if decisions.looks_at(of)}
         # Whatever counts from where a chain starts needs what entered there.
-        self._entering = "front" in needs or any(site.reuse.beta for site in decisions.sites)
+        self._entering = "front" in looks or any(site.reuse.beta for site in decisions.sites)
         self._modules_enter = any(site.reuse.beta and site.segment.names for site in decisions.sites)
         segments = [site.segment for site in decisions.sites if not site.segment.is_model and not site.segment.names]
         # Where every block has a decision of its own, every one is an end.
@@ -56,7 +56,10 @@ class WatchedCall(PlainCall):
         # A start counted from the back is a guess: that the model calls each of its blocks once.
         self._starts = {start if start >= 0 else len(kinds) + start for start in starts}
         self._ends = {segment.stop * adapter.unit - 1 for segment in segments if segment.stop}
-        self._probed = {start - 1 for start in self._starts} if needs & PROBES else set()
+        self._probed = {start - 1 for start in self._starts} if looks & PROBES else set()
+        # The block behind a segment's end; one counted from the back is among the last outputs.
+        self._checked = {end + 1 for end in self._ends if end >= 0} if "check" in looks else set()
+        self._modulated = "modulated" in looks
         # An end counted from the back is among this many last outputs.
         self._window = (1 - min([0, *(end + 1 for end in self._ends)])) + adapter.unit
 
@@ -72,11 +75,15 @@ class WatchedCall(PlainCall):
                     self._outputs[source][output] = pick(args, kwargs, path).detach().clone()
         if self._entering or v in self._probed:
             self._inputs[v] = {path: tensor.detach().clone() for path, tensor in arguments(args, kwargs)}
+        if self._modulated:
+            self.decisions.show_modulated(block, original, args, kwargs)
         result = super().visit(block, original, args, kwargs)
         if self.watch.after(result) != "same":
             self._kept.add(v - 1)
         elif v not in self._starts and v not in self._probed and not self._each:
             self._inputs.pop(v, None)
+        # The first of those that are blocks, which is known now.
+        self._modulated = self._modulated and not self.watch.has_streams(v)
         self._outputs[v] = {path: tensor.detach().clone() for path, tensor in tensors(result)}
         self._forget(v - self._window)
         return result
@@ -85,7 +92,7 @@ class WatchedCall(PlainCall):
         if (
             v in self._outputs
             and not self._each
-            and v not in self._kept | self._ends | self._probed
+            and v not in self._kept | self._ends | self._probed | self._checked
             and not self.watch.has_extras(v)
         ):
             del self._outputs[v]
@@ -119,13 +126,15 @@ class WatchedCall(PlainCall):
         branch.layout = layout = lay_out(graph, sites, self.adapter.unit)
         lacking = self._keep_blocks(layout) | self._keep_modules(graph, layout)
         for span in (span for spans in layout.spans for span in spans.values()):
-            left, entered = self._outputs.get(span.end, {}).get(span.leaves), self._inputs.get(span.start, {}).get(span.enters)
-            if left is not None and entered is not None:
-                decisions.residuals[span] = left - entered
+            left = self._outputs.get(span.end, {}).get(span.leaves)
+            entered = None if span.enters is None else self._inputs.get(span.start, {}).get(span.enters)
+            if left is not None and (entered is not None or span.enters is None):
+                decisions.shown[span] = left if entered is None else left - entered
         covered = {k for k, first in enumerate(layout.firsts) if first is not None}
         for k in covered:
-            if PROBES & sites[k].policy.required() and not layout.firsts[k]:
-                raise ConfigError(NO_PROBE)
+            for of in sorted({signal.of for signal in sites[k].signals} & AROUND):
+                if of not in layout.spans[k]:
+                    raise ConfigError(LACKING[of])
         branch.ready |= covered - lacking
         for k in covered:
             decisions.made[k] = True

@@ -13,10 +13,11 @@ from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
 from cachekit.for_model import bound
 from cachekit.interceptors import owner_of
-from cachekit.policy import NO_PROBE, PROBES, Preset
+from cachekit.policy import Preset
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, parse_segments
 from cachekit.session import Generation, Name
+from cachekit.signals import INSIDE, LACKING
 from cachekit.spec import parse_policy
 from cachekit.stats import Stats
 
@@ -163,9 +164,10 @@ def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: 
     for segment in parse_segments(segments if segments is not None else preset.segments):
         own = preset if segment.policy is None else read(segment.policy)
         chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
-        if segment.is_model and PROBES & own.policy.required():
-            raise ConfigError(NO_PROBE)
-        made.append(Site(segment, own.policy, parse_reuse(chosen)))
+        site = Site(segment, own.policy, parse_reuse(chosen))
+        for of in sorted(INSIDE & {signal.of for signal in site.signals} if segment.is_model else ()):
+            raise ConfigError(LACKING[of])
+        made.append(site)
     if sum(site.segment.is_model for site in made) > 1:
         raise ConfigError("segments name the whole prediction ('model') twice; once is enough")
     return tuple(made)

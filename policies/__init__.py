@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from cachekit.policies.accumulated import accumulated
 from cachekit.policies.adacache import adacache
 from cachekit.policies.at_most import at_most
 from cachekit.policies.change import change
 from cachekit.policies.dbcache import dbcache
 from cachekit.policies.delta_dit import delta_dit
+from cachekit.policies.easycache import easycache
 from cachekit.policies.every import every
 from cachekit.policies.first import first
 from cachekit.policies.first_block import first_block
@@ -24,14 +26,18 @@ from cachekit.policies.moved import moved
 from cachekit.policies.outside import outside
 from cachekit.policies.skip_cache import skip_cache
 from cachekit.policies.skip_every import skip_every
+from cachekit.policies.speca import speca
 from cachekit.policies.taylorseer import taylorseer
+from cachekit.policies.teacache import teacache
 
 __all__ = [
+    "accumulated",
     "adacache",
     "at_most",
     "change",
     "dbcache",
     "delta_dit",
+    "easycache",
     "every",
     "first",
     "first_block",
@@ -45,8 +51,10 @@ __all__ = [
     "outside",
     "skip_cache",
     "skip_every",
+    "speca",
     "tail",
     "taylorseer",
+    "teacache",
 ]
 
 # Name in a spec string -> what makes the policy from the numbers behind it. magcache itself takes a
@@ -62,6 +70,7 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "tail": tail,
         "at-most": at_most,
         "change": change,
+        "accumulated": accumulated,
         "front-change": front_change,
         "moved": moved,
         "first-block": first_block,
@@ -72,5 +81,8 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "delta-dit": delta_dit,
         "adacache": adacache,
         "magcache": magcache_published,
+        "teacache": teacache,
+        "easycache": easycache,
+        "speca": speca,
     }
 )

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import assume
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cachekit import Forecast
 from cachekit.policy import Policy, Step
+from cachekit.signals import Signal
 
 History = list[tuple[float, Tensor]]
 
@@ -168,8 +170,7 @@ class Reference:
 
     def _step(self, site: Site) -> Step:
         before = self.previous_t if self.i else None
-        probe, front = (functools.partial(self._change, site, kind) for kind in ("probe", "front"))
-        return Step(self.i, self.t, self.steps, None, before, self.node, probe=probe, front=front)
+        return Step(self.i, self.t, self.steps, None, before, self.node, look=functools.partial(self._look, site))
 
     def _shown(self, site: Site) -> dict[str, Tensor]:
         """The residuals before a site: of one block, and of all those since the model last did something between two."""
@@ -181,9 +182,9 @@ class Reference:
             start -= 1
         return {"probe": self.residuals[last], "front": self.left[last] - self.entered[start]}
 
-    def _change(self, site: Site, kind: str) -> float:
-        now, then = self._shown(site)[kind], site.then[kind]
-        return float((now - then).abs().mean() / then.abs().mean())
+    def _look(self, site: Site, signal: Signal) -> Any:
+        now, then = self._shown(site)[signal.of], site.then[signal.of]
+        return SimpleNamespace(relative=float((now - then).abs().mean() / then.abs().mean()))
 
     def _now(self, site: Site) -> float:
         axis = site.reuse.axis

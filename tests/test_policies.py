@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ def decisions(policy: Policy[Any], trace: Trace) -> list[bool]:
     state, found, before, since = policy.init(), [], None, 0.0
     for i, (t, by) in enumerate(zip(times, changes, strict=True)):
         since += by
-        step = Step(i, t, len(times), 1000, before, i, probe=partial(float, since), front=partial(float, since))
+        shown: Any = SimpleNamespace(relative=since)
+        step = Step(i, t, len(times), 1000, before, i, look=partial(lambda found, signal: found, shown))
         recompute = i == 0 or policy.decide(state, step)
         assert i == 0 or policy.decide(state, step) == recompute, "decide must be pure"
         state = policy.update(state, step, recompute)

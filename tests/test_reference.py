@@ -19,8 +19,8 @@ from wrapping import Case, cases, ranges, segments, stats
 
 import cachekit
 from cachekit import Forecast, Segment
-from cachekit.policy import PROBES
 from cachekit.reuse import parse_reuse
+from cachekit.signals import signals
 from cachekit.spec import parse_policy
 
 
@@ -118,5 +118,5 @@ def test_only_the_end_of_a_segment_is_held(case: Case, run: Run) -> None:
         for site in sites:
             remembered = [len(entries) for (v, _), entries in site.histories.items() if not site.visits or v == site.visits[-1]]
             held += size * (case.spec.width if site.visits else CHANNELS) * min(remembered[0], site.reuse.length)
-        probing = size * case.spec.width * sum(len(PROBES & site.policy.required()) for site in sites)
+        probing = size * case.spec.width * sum(len(signals(site.policy.required())) for site in sites)
         assert stats(model).bytes_held == held + probing

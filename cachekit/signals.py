@@ -1,0 +1,125 @@
+"""What policies look at while a model runs: one tensor that a call shows, compared with what it was before.
+
+Every signal is such a pair. They differ in what is looked at, and in when what it is compared with was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Of = Literal["probe", "front", "modulated", "check", "sample", "prediction"]
+Since = Literal["recompute", "step"]
+
+# What looks at the blocks before the segment, and can't be without them.
+PROBES = frozenset({"probe", "front"})
+# What looks at blocks around the segment, and what looks into the stack, of which the whole prediction has neither.
+AROUND = PROBES | {"check"}
+INSIDE = AROUND | {"modulated"}
+
+NO_PROBE = (
+    "change() watches the block before the segment, and there is none here; leave the first block out, "
+    "for example segments='middle', and don't plan() it without a model"
+)
+NO_CHECK = (
+    "the policy checks the block behind the segment against its own forecast, and no block that runs on every step stands there; "
+    "leave the last block out of every segment, for example segments=(0, -1)"
+)
+NO_MODULATED = (
+    "the policy watches what enters the first block's attention, and a decision on the whole prediction falls before any block; "
+    "write segments='all' or another segment"
+)
+NO_MODEL = "the policy looks at what a model shows, and there is none here: plan() takes policies of time alone"
+LACKING = MappingProxyType({"probe": NO_PROBE, "front": NO_PROBE, "check": NO_CHECK, "modulated": NO_MODULATED})
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One thing to look at, as it is declared in ``Policy.needs`` and read by ``step.signal``.
+
+    Args:
+        of: ``"probe"``: the residual of the block before the segment. ``"front"``: that of all the blocks before it together,
+            as far back as each gets what the one before returned. ``"modulated"``: what enters the attention of the first block
+            of the stack, that is its normed and modulated input; costs running the block up to there. ``"sample"``: the model's
+            input. ``"prediction"``: what the model returns, known to ``update`` only. ``"check"``: the output of the block
+            behind the segment as the segment's reuse forecasts it, compared with what it is; known to ``update`` only.
+        since: when what it is compared with was kept: at the segment's last recompute, or at the step before. A check is
+            compared with the same call.
+    """
+
+    of: Of
+    since: Since = "recompute"
+
+
+def signals(needs: Iterable[Any]) -> frozenset[Signal]:
+    """The signals among a policy's needs; ``"probe"`` and ``"front"`` stand for those since the last recompute."""
+    found = set()
+    for need in needs:
+        if isinstance(need, Signal):
+            found.add(need)
+        elif need == "probe" or need == "front":
+            found.add(Signal(need))
+    return frozenset(found)
+
+
+class Comparison:
+    """A tensor and what it is compared with, as numbers. Each costs one device synchronisation when it is first read.
+
+    Where one of the two is missing or they differ in shape, what needs both is infinite: a threshold on it recomputes.
+    """
+
+    def __init__(self, value: Tensor | None, reference: Tensor | None, count: Callable[[Tensor], None]) -> None:
+        self.value, self.reference, self._count = value, reference, count
+
+    def _read(self, number: Tensor) -> float:
+        self._count(number)
+        return float(number)
+
+    @property
+    def _known(self) -> tuple[Tensor, Tensor] | None:
+        value, reference = self.value, self.reference
+        return None if value is None or reference is None or value.shape != reference.shape else (value, reference)
+
+    @cached_property
+    def relative(self) -> float:
+        """mean|value - reference| / mean|reference|."""
+        if self._known is None:
+            return inf
+        value, reference = self._known
+        return self._read((value - reference).abs().mean() / reference.abs().mean())
+
+    @cached_property
+    def difference(self) -> float:
+        """mean|value - reference|."""
+        if self._known is None:
+            return inf
+        value, reference = self._known
+        return self._read((value - reference).abs().mean())
+
+    @cached_property
+    def elementwise(self) -> float:
+        """mean(|value - reference| / (|reference| + 1e-10)): each element relative to itself."""
+        if self._known is None:
+            return inf
+        value, reference = self._known
+        return self._read(((value - reference).abs() / (reference.abs() + 1e-10)).mean())
+
+    @cached_property
+    def euclidean(self) -> float:
+        """‖value - reference‖ / ‖reference‖."""
+        if self._known is None:
+            return inf
+        value, reference = self._known
+        return self._read(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
+
+    @cached_property
+    def size(self) -> float:
+        """mean|value|, infinite where it is missing."""
+        return inf if self.value is None else self._read(self.value.abs().mean())
