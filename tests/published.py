@@ -15,7 +15,7 @@ import torch
 from cases import Case, Conditioning, Shape, image, paths, thousandth, video, whole
 from diffusers import CogView4Transformer2DModel, Flux2Transformer2DModel, MochiTransformer3DModel
 from torch import Tensor, nn
-from zoo import COGVIDEOX, DIT, FLUX, HUNYUAN_VIDEO, WAN
+from zoo import COGVIDEOX, DIT, FLUX, HUNYUAN_VIDEO, LATTE, WAN
 
 Streams = dict[str, Tensor]
 # What the blocks before the range added to the main stream, step index, timestep -> recompute?
@@ -108,6 +108,7 @@ FLUX2 = Case(
 MAIN, TEXT = "hidden_states", "encoder_hidden_states"
 OUTPUTS: dict[str, tuple[str, ...]] = {
     DIT.name: (MAIN,),
+    LATTE.name: (MAIN,),
     WAN.name: (MAIN,),
     FLUX.name: (TEXT, MAIN),
     FLUX2.name: (TEXT, MAIN),

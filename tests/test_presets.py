@@ -29,6 +29,7 @@ from cachekit.policies import (
     hicache,
     magcache,
     taylorseer,
+    teacache,
 )
 from cachekit.policies.adacache import CODEBOOK
 from cachekit.policies.reuses import Bdf, Hermite, TaylorSeer
@@ -290,11 +291,13 @@ PRESETS: tuple[Any, ...] = (
     "foca-3",
     "delta-dit-2-2",
     "adacache",
+    "speca-2",
+    teacache(0.3, coefficients=(1.0, 0.0)),
     magcache((1.0,) * len(TIMES), TIMES),
 )
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset if isinstance(preset, str) else "magcache")
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset if isinstance(preset, str) else None)
 def test_what_a_preset_carries_can_be_overridden(preset: Any) -> None:
     """Segments, reuse or both; what is not given stays the preset's."""
     model = ours(DIT, preset, segments="middle")[1]
@@ -304,7 +307,7 @@ def test_what_a_preset_carries_can_be_overridden(preset: Any) -> None:
     assert same(plain[:1], held[:1]) and not same(plain, held)
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset if isinstance(preset, str) else "magcache")
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset if isinstance(preset, str) else None)
 def test_combinations_reach_every_segment(preset: Any) -> None:
     """``| every-1`` makes every step full and ``& first-1`` none, whichever stands first, on segments with own policies too."""
     written = cachekit.spec.parse_policy(preset)

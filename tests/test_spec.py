@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 import cachekit
 from cachekit.policies import (
     POLICIES,
+    accumulated,
     adacache,
     at_most,
     change,
     dbcache,
     delta_dit,
+    easycache,
     every,
     first,
     first_block,
@@ -28,12 +30,15 @@ from cachekit.policies import (
     outside,
     skip_cache,
     skip_every,
+    speca,
     tail,
     taylorseer,
 )
 from cachekit.policies.adacache import CODEBOOK, paced
 from cachekit.policies.delta_dit import stage
+from cachekit.policies.easycache import predicted
 from cachekit.policies.reuses import Bdf, Hermite, TaylorSeer
+from cachekit.policies.speca import verified
 from cachekit.policy import AllOf, AnyOf, Policy, Preset
 from cachekit.reuse import parse_reuse
 from cachekit.segments import parse_segments
@@ -52,6 +57,8 @@ LEAVES: list[tuple[str, Any]] = [
     ("change-1e-05", change(0.00001)),
     ("front-change-0.08", front_change(0.08)),
     ("moved-0.5", moved(0.5)),
+    ("accumulated-0.2", accumulated(0.2)),
+    ("accumulated-0.2", accumulated(0.2, signal="modulated", coefficients=(1.0, 0.0))),
     ("outside-700-50", outside(700, 50)),
     ("outside-700", outside(700, 0)),
     ("outside-712.5-0.5", outside(712.5, 0.5)),
@@ -77,6 +84,10 @@ PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
     ("hicache-3-1", hicache(3, 1), first(3) | at_most(2), "all", Hermite(1, 0.5, axis="grid")),
     ("hicache-3", hicache(3, 2), first(3) | at_most(2), "all", Hermite(2)),
     ("foca-3", foca(3), first(3) | at_most(2), "all", Bdf(2, axis="grid")),
+    ("easycache", easycache(0.025), first(5) | last(1) | predicted(0.025), "model", "residual"),
+    ("easycache-0.1", easycache(0.1), first(5) | last(1) | predicted(0.1), "model", "residual"),
+    ("speca", speca(0.3), first(3) | at_most(8) | verified(0.3, 0.05, 0.01), (0, -1), TaylorSeer(1, axis="grid")),
+    ("speca-2", speca(2.0), first(3) | at_most(8) | verified(2, 0.05, 0.01), (0, -1), TaylorSeer(1, axis="grid")),
     ("adacache", adacache(), paced(tuple(CODEBOOK.items())), (1, None), "residual"),
     (
         "delta-dit-3-2-0.25",
@@ -97,8 +108,8 @@ def test_presets(spec: str, made: Preset, policy: Any, segments: Any, reuse: Any
     assert parse_policy(spec) == made == Preset(policy, segments, reuse)
 
 
-# Tried on models, in test_for_model.py.
-FOR_MODELS = {"magcache_published"}
+# Tried on models, in test_for_model.py and test_teacache.py.
+FOR_MODELS = {"magcache_published", "teacache"}
 
 
 def test_every_known_policy_is_tried() -> None:
