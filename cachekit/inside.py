@@ -70,7 +70,7 @@ def find_modules(path: str, block: nn.Module, adapter: Adapter) -> dict[str, tup
     found = _roles(block, attention, certain, temporal, None if certain else _is_attention)
     certain = "mlp" in given
     mlp = dict.fromkeys(adapter.mlp, MLP)
-    return {**found, **_roles(block, mlp, certain, temporal, None if certain else _is_mlp)}
+    return {**_roles(block, mlp, certain, temporal, None if certain else _is_mlp), **found}
 
 
 def _roles(
@@ -111,7 +111,12 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 
 def _is_mlp(name: str, module: nn.Module) -> bool:
     layers = _layers(module)
-    if len(layers) < 2 or any(_is_attention(inner, child) for inner, child in module.named_modules()):
+    if (
+        len(layers) < 2
+        or _NORM_NAME.fullmatch(name)
+        or _is_attention(name, module)
+        or any(_is_attention(inner, child) for inner, child in module.named_modules())
+    ):
         return False
     # Gated ones hold their layers in any order.
     return any(a is not b and a.in_features == b.out_features != a.out_features for a in layers for b in layers)

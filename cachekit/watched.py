@@ -49,9 +49,9 @@ class WatchedCall(PlainCall):
         # Whatever counts from where a chain starts needs what entered there.
         self._entering = "front" in looks or any(site.reuse.beta for site in decisions.sites)
         self._modules_enter = any(site.reuse.beta and site.segment.names for site in decisions.sites)
-        segments = [site.segment for site in decisions.sites if not site.segment.is_model and not site.segment.names]
+        segments = [site.segment for site in decisions.sites if not site.segment.is_model]
         # Where every block has a decision of its own, every one is an end.
-        self._each = any(segment.each for segment in segments)
+        self._each = any(segment.each and not segment.names for segment in segments)
         starts = [segment.start * adapter.unit for segment in segments if isinstance(segment.start, int)]
         # A start counted from the back is a guess: that the model calls each of its blocks once.
         self._starts = {start if start >= 0 else len(kinds) + start for start in starts}
