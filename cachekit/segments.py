@@ -96,8 +96,8 @@ def parse_segments(segments: Any) -> tuple[Segment, ...]:
     if isinstance(segments, list | tuple) and segments and not any(isinstance(item, int | float) for item in segments):
         return tuple(found for item in segments for found in parse_segments(item))
     raise ConfigError(
-        f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'model', 'blocks', 'modules', 'attn', 'cross_attn', 'mlp', "
-        "(start, stop), or a list of (start, stop) and cachekit.Segment(start, stop, policy=..., reuse=..., modules=...)"
+        f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'model', 'blocks', 'modules', 'attn', 'cross_attn', "
+        "'mlp', (start, stop), or a list of (start, stop) and cachekit.Segment(start, stop, policy=..., reuse=..., modules=...)"
     )
 
 

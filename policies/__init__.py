@@ -17,18 +17,24 @@ from cachekit.policies.every import every
 from cachekit.policies.first import first
 from cachekit.policies.first_block import first_block
 from cachekit.policies.foca import foca
+from cachekit.policies.fora import fora
 from cachekit.policies.front_change import front_change
 from cachekit.policies.hicache import hicache
+from cachekit.policies.l2c import l2c
 from cachekit.policies.last import last, tail
 from cachekit.policies.magcache import magcache
 from cachekit.policies.magcache_published import magcache_published
 from cachekit.policies.moved import moved
 from cachekit.policies.outside import outside
+from cachekit.policies.pab import pab
+from cachekit.policies.scheduled import scheduled
+from cachekit.policies.since import since
 from cachekit.policies.skip_cache import skip_cache
 from cachekit.policies.skip_every import skip_every
 from cachekit.policies.speca import speca
 from cachekit.policies.taylorseer import taylorseer
 from cachekit.policies.teacache import teacache
+from cachekit.policies.tgate import tgate
 
 __all__ = [
     "accumulated",
@@ -42,23 +48,29 @@ __all__ = [
     "first",
     "first_block",
     "foca",
+    "fora",
     "front_change",
     "hicache",
+    "l2c",
     "last",
     "magcache",
     "magcache_published",
     "moved",
     "outside",
+    "pab",
+    "scheduled",
+    "since",
     "skip_cache",
     "skip_every",
     "speca",
     "tail",
     "taylorseer",
     "teacache",
+    "tgate",
 ]
 
 # Name in a spec string -> what makes the policy from the numbers behind it. magcache itself takes a
-# calibration, so that the name is that of its published ratios.
+# calibration, so that the name is that of its published ratios. scheduled and l2c take masks and have none.
 POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "skip-every": skip_every,
@@ -73,6 +85,7 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "accumulated": accumulated,
         "front-change": front_change,
         "moved": moved,
+        "since": since,
         "first-block": first_block,
         "dbcache": dbcache,
         "taylorseer": taylorseer,
@@ -84,5 +97,8 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "teacache": teacache,
         "easycache": easycache,
         "speca": speca,
+        "fora": fora,
+        "pab": pab,
+        "tgate": tgate,
     }
 )

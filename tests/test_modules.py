@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -98,6 +99,11 @@ def test_a_kind_that_a_model_has_not_is_noted() -> None:
     assert sum("with a module of kind" in note for note in model.cachekit.stats.notes) == 2
 
 
+def within(n: int, window: float, i: int, t: float) -> bool:
+    """Every n-th step, and all above a window."""
+    return i % n == 0 or t >= window
+
+
 @st.composite
 def held_modules(draw: Any) -> tuple[Case, list[Held], list[Segment]]:
     """Some kinds of modules in some ranges of some model, each with a period and a window."""
@@ -109,7 +115,7 @@ def held_modules(draw: Any) -> tuple[Case, list[Held], list[Segment]]:
         for start, stop in pairwise(cuts):
             n, window = draw(st.integers(1, 4)), draw(st.integers(300, 1100))
             backwards = draw(st.booleans())
-            holds.append(Held(kind, lambda i, t, n=n, window=window: i % n == 0 or t >= window, start, stop))
+            holds.append(Held(kind, functools.partial(within, n, window), start, stop))
             ends = (start - units, None if stop == units else stop - units) if backwards else (start, stop)
             segments.append(Segment(*ends, modules=kind, policy=every(n) | outside(window)))
     return case, holds, segments

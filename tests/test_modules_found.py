@@ -100,7 +100,7 @@ def test_of_toys(modules: Any, expected: dict[str, str]) -> None:
 def test_an_adapter_has_the_last_word() -> None:
     """Names that it gives are taken, and no others are looked for; none at all is an answer too."""
     adapter = Adapter(attention=(), cross_attention=("attn",), mlp=())
-    model = cachekit.wrap(usual(), "every-2", segments="modules", adapter=adapter)
+    model: Any = cachekit.wrap(usual(), "every-2", segments="modules", adapter=adapter)
     sample(model)
     assert model.cachekit.stats.modules_total == 4 * 3
     model = cachekit.wrap(usual(), "every-2", segments="attn", adapter=adapter)

@@ -137,7 +137,7 @@ class Cut(Block):
     """A block that takes what it needs of what its attention returns."""
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        return x + self.get_submodule("attn")(self.norm(x))[:, : x.shape[1]]
+        return x + self.get_submodule("attn")(self.norm(x))[:, : x.shape[1]]  # type: ignore[no-any-return]
 
 
 def test_another_output_recomputes() -> None:
@@ -188,7 +188,7 @@ def test_what_is_returned_is_the_models_own() -> None:
 
     class Overwriting(Block):
         def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-            return x + self.get_submodule("mlp")(self.norm(x)).mul_(3.0)
+            return x + self.get_submodule("mlp")(self.norm(x)).mul_(3.0)  # type: ignore[no-any-return]
 
     torch.manual_seed(0)
     model = wrapped(toy(1, mlp=Gated), first(1))
@@ -203,7 +203,7 @@ def test_what_is_returned_is_the_models_own() -> None:
 def test_copies_and_removal() -> None:
     """Copies are wrapped models with modules and statistics of their own; nothing is left behind."""
     plain = sample(usual())
-    model = usual()
+    model: Any = usual()
     before = snapshot(model)
     wrapped(model)
     ours = sample(model)
@@ -221,7 +221,8 @@ def test_copies_and_removal() -> None:
 
 def test_one_module_in_several_blocks() -> None:
     """Shared weights: each block's call is its own."""
-    model, plain = usual(), usual()
+    model: Any = usual()
+    plain = usual()
     for each in (model, plain):
         for block in each.blocks:
             block.mlp = each.blocks[0].mlp
@@ -234,7 +235,8 @@ def test_one_module_in_several_blocks() -> None:
 
 def test_compiled_blocks_hide_their_modules() -> None:
     """They all run, and a note says what to write instead: compiled modules are reused."""
-    model, plain = usual(2), usual(2)
+    model: Any = usual(2)
+    plain = usual(2)
     for block in model.blocks:
         block.compile(backend="eager")
     wrapped(model)
