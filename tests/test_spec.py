@@ -22,26 +22,31 @@ from cachekit.policies import (
     every,
     first,
     first_block,
+    fora,
     foca,
     front_change,
     hicache,
     last,
     moved,
     outside,
+    pab,
+    since,
     skip_cache,
     skip_every,
     speca,
     tail,
     taylorseer,
+    tgate,
 )
 from cachekit.policies.adacache import CODEBOOK, paced
 from cachekit.policies.delta_dit import stage
 from cachekit.policies.easycache import predicted
+from cachekit.policies.pab import broadcast
 from cachekit.policies.reuses import Bdf, Hermite, TaylorSeer
 from cachekit.policies.speca import verified
 from cachekit.policy import AllOf, AnyOf, Policy, Preset
 from cachekit.reuse import parse_reuse
-from cachekit.segments import parse_segments
+from cachekit.segments import Segment, parse_segments
 from cachekit.spec import parse_policy
 
 LEAVES: list[tuple[str, Any]] = [
@@ -59,6 +64,7 @@ LEAVES: list[tuple[str, Any]] = [
     ("moved-0.5", moved(0.5)),
     ("accumulated-0.2", accumulated(0.2)),
     ("accumulated-0.2", accumulated(0.2, signal="modulated", coefficients=(1.0, 0.0))),
+    ("since-3", since(3)),
     ("outside-700-50", outside(700, 50)),
     ("outside-700", outside(700, 0)),
     ("outside-712.5-0.5", outside(712.5, 0.5)),
@@ -73,11 +79,22 @@ def test_a_name_and_its_numbers(spec: str, policy: Any) -> None:
     assert parse_policy(f"  {spec} ") == Preset(policy)
 
 
+PAB = [
+    Segment(modules=kind, policy=broadcast(n)) for kind, n in (("spatial_attn", 2), ("temporal_attn", 3), ("cross_attn", 6))
+]
+TGATE = [
+    Segment(modules="attn", policy=first(3) | every(2) | since(19)),
+    Segment(modules="cross_attn", policy=first(20)),
+]
+
 # A spec, the object that it means, and what that is made of.
 PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
     ("first-block", first_block(0.05), change(0.05), (1, None), "residual"),
     ("first-block-0.1", first_block(0.1), change(0.1), (1, None), "residual"),
     ("dbcache", dbcache(8, 0, 0.08), first(8) | front_change(0.08), (8, None), "residual"),
+    ("fora-4", fora(4), every(4) | last(1), "modules", "output"),
+    ("pab", pab(2, 3, 6, 800, 100), broadcast(2, 800, 100), PAB, "output"),
+    ("tgate-20-2", tgate(20, 2), first(20), TGATE, "output"),
     ("dbcache-2-1-0.2", dbcache(2, 1, 0.2), first(8) | front_change(0.2), (2, -1), "residual"),
     ("taylorseer-5", taylorseer(5, 1), first(3) | at_most(4), "all", TaylorSeer(1, axis="grid")),
     ("taylorseer-3-2", taylorseer(3, 2), first(3) | at_most(2), "all", TaylorSeer(2, axis="grid")),
