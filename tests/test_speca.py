@@ -179,6 +179,17 @@ def test_other_segments_with_a_block_behind_them(segments: Any) -> None:
     assert model.cachekit.stats.blocks_run < model.cachekit.stats.blocks_total
 
 
+def test_modules_with_a_block_behind_them() -> None:
+    """And none of its own modules reused."""
+    model = recomputed("speca-9", len(TIMES), segments=cachekit.Segment(0, -1, modules="attn"))[1]
+    assert model.cachekit.stats.modules_run < model.cachekit.stats.modules_total
+    with pytest.raises(cachekit.ConfigError, match="no block that runs on every step stands there"):
+        recomputed("speca-9", len(TIMES), segments="attn")
+    behind = [cachekit.Segment(0, 3), cachekit.Segment(3, 6, modules="mlp")]
+    with pytest.raises(cachekit.ConfigError, match="no block that runs on every step stands there"):
+        recomputed("speca-9", len(TIMES), segments=behind)
+
+
 def test_the_whole_prediction_has_no_block_behind_it() -> None:
     with pytest.raises(cachekit.ConfigError, match="no block that runs on every step stands there"):
         cachekit.wrap(DIT.build(), "speca-0.3", segments="model")

@@ -178,6 +178,7 @@ def test_it_holds_the_residual_and_the_modulated_input() -> None:
 def test_segments_reuse_and_combinations() -> None:
     """Whatever block runs on every step, the first block is looked into; with others by | and &, too."""
     expected = both(FLUX, teacache(0.3, coefficients=SLOPE), 0.3, SLOPE)[0]
+    options: dict[str, Any]
     for options in ({"segments": "middle"}, {"segments": (2, 5), "reuse": "taylor-1"}, {"segments": [(0, 2), (4, 6)]}):
         model = cachekit.wrap(FLUX.build(), teacache(0.3, coefficients=SLOPE), **options)
         with model.cachekit.session(steps=len(TIMES)):
@@ -191,6 +192,24 @@ def test_segments_reuse_and_combinations() -> None:
             generate(model, FLUX, TIMES)
         full = [all(record.recomputed) for record in model.cachekit.stats.records]
         assert full == [(a or b) if join == "|" else (a and b) for a, b in zip(guarded, even, strict=True)]
+
+
+@pytest.mark.parametrize("segments", ("attn", "mlp", "modules", "blocks"))
+@pytest.mark.parametrize("case", (DIT, FLUX, LATTE), ids=str)
+def test_modules_and_blocks_as_sites(case: Case, segments: str) -> None:
+    """The very module at which the look ends may be a site itself: it runs on the full steps, and the decision is the same."""
+    expected = both(case, teacache(0.3, coefficients=SLOPE), 0.3, SLOPE)[0]
+    model, calls = case.build(), list[int]()
+    attention = model.get_submodule(case.stack[0]).get_submodule("attn" if case is FLUX else "attn1")
+    attention.to_q.register_forward_hook(lambda module, args, result: calls.append(1))
+    cachekit.wrap(model, teacache(0.3, coefficients=SLOPE), segments=segments, reuse="output")
+    with model.cachekit.session(steps=len(TIMES)), model.cachekit.branch("only"):
+        generate(model, case, TIMES)
+    records = model.cachekit.stats.records
+    seen = [record.recomputed if segments == "blocks" else record.modules for record in records]
+    assert [all(ran) for ran in seen] == expected and not all(expected)
+    assert [any(ran) for ran in seen] == (expected if segments in ("modules", "blocks") else [True] * len(TIMES))
+    assert len(calls) == (len(TIMES) if segments == "mlp" else sum(expected))
 
 
 def test_the_last_step_needs_its_number() -> None:
