@@ -13,6 +13,7 @@ from cachekit.policies.change import change
 from cachekit.policies.dbcache import dbcache
 from cachekit.policies.delta_dit import delta_dit
 from cachekit.policies.easycache import easycache
+from cachekit.policies.error_budget import ErrorBudget, error_budget
 from cachekit.policies.every import every
 from cachekit.policies.first import first
 from cachekit.policies.first_block import first_block
@@ -31,6 +32,7 @@ from cachekit.policies.taylorseer import taylorseer
 from cachekit.policies.teacache import teacache
 
 __all__ = [
+    "ErrorBudget",
     "accumulated",
     "adacache",
     "at_most",
@@ -38,6 +40,7 @@ __all__ = [
     "dbcache",
     "delta_dit",
     "easycache",
+    "error_budget",
     "every",
     "first",
     "first_block",
@@ -84,5 +87,6 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "teacache": teacache,
         "easycache": easycache,
         "speca": speca,
+        "error-budget": error_budget,
     }
 )
