@@ -2,8 +2,10 @@
 
 from cachekit import policies
 from cachekit.adapter import Adapter
+from cachekit.amplification import Amplification
 from cachekit.anatomy import graph
 from cachekit.check import check
+from cachekit.disturb import measure_amplification
 from cachekit.errors import CachekitError, ConfigError, ModelError
 from cachekit.findings import Finding, Report
 from cachekit.for_model import ForModel
@@ -17,13 +19,15 @@ from cachekit.segments import Segment
 from cachekit.signals import Comparison, Signal
 from cachekit.skip_files import load_long_skips, save_long_skips
 from cachekit.stages import Distillation, Stage
-from cachekit.stats import Record, Stats
+from cachekit.stats import Audit, Record, SiteAudit, Stats
 from cachekit.wrap import Handle, unwrap, wrap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Amplification",
+    "Audit",
     "CachekitError",
     "Comparison",
     "ConfigError",
@@ -43,6 +47,7 @@ __all__ = [
     "Schedule",
     "Segment",
     "Signal",
+    "SiteAudit",
     "Stage",
     "Stats",
     "Step",
@@ -51,6 +56,7 @@ __all__ = [
     "check",
     "graph",
     "load_long_skips",
+    "measure_amplification",
     "plan",
     "policies",
     "remove_long_skips",

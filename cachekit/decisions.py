@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from cachekit.errors import ConfigError
+from cachekit.estimates import Miss, forecast_error
 from cachekit.peek import Peeker
 from cachekit.policy import Step
 from cachekit.reuse import History
 from cachekit.segments import Site, Span
-from cachekit.session import Branch
+from cachekit.session import Branch, Key
 from cachekit.signals import LACKING, PROBES, Comparison, Of, Signal
 from cachekit.tree import Path, tensors
 
@@ -24,12 +25,20 @@ class Decisions:
 
     Attributes:
         made: segment -> whether it is recomputed, as far as it was asked for.
+        returned: copies of what was reused (blocks may write into theirs), for an audit to compare with; None where there is none.
         shown: what the call has shown of what policies look at: by span for blocks, by name for everything else.
         waits: device synchronisations so far.
     """
 
-    def __init__(self, branch: Branch, sites: tuple[Site, ...], step: Step, peeker: Peeker) -> None:
+    def __init__(
+        self, branch: Branch, sites: tuple[Site, ...], step: Step, peeker: Peeker, *, audited: bool = False, auditing: bool = False
+    ) -> None:
         self.branch, self.sites, self.step, self.peeker = branch, sites, step, peeker
+        self.returned: dict[Key, Tensor] | None = {} if audited else None
+        # Where the error of a forecast is looked at, each recompute notes what one would have missed.
+        self.estimated = {k for k, site in enumerate(sites) if auditing or "estimate" in site.policy.required()}
+        self.misses: dict[int, Miss] = {}
+        self._estimates: dict[int, float] = {}
         self.waits = 0
         self.made: dict[int, bool] = {}
         self.shown: dict[Span | str, Tensor] = {}
@@ -71,7 +80,8 @@ class Decisions:
                 self.shown["prediction"] = chosen.detach().clone()
 
     def _seen_by(self, k: int) -> Step:
-        return dataclasses.replace(self.step, look=functools.partial(self._compare, k))
+        estimated = functools.partial(self._estimate, k) if k in self.estimated else None
+        return dataclasses.replace(self.step, look=functools.partial(self._compare, k), estimated=estimated)
 
     def _compare(self, k: int, signal: Signal) -> Comparison:
         if signal not in self.sites[k].signals:
@@ -90,7 +100,7 @@ class Decisions:
             return now, self.branch.references.get((k, signal))
         span = self._span(k, signal.of)
         known = now is not None and span is not None and (k, span.end, span.leaves) in self.branch.store
-        return (self.forecast(k, span.end, span.leaves, None) if known and span is not None else None), now
+        return (self._value(k, span.end, span.leaves, None) if known and span is not None else None), now
 
     def _span(self, k: int, of: Of) -> Span | None:
         return self.branch.layout.spans[k].get(of) if self.branch.layout is not None else None
@@ -107,6 +117,8 @@ class Decisions:
         for k, recomputed in self.made.items():
             policy, step = self.sites[k].policy, self._seen_by(k)
             self.branch.states[k] = policy.update(self.branch.states[k], step, recomputed)
+            if k in self.misses:
+                self.branch.misses[k] = self.misses[k]
             for signal in self.sites[k].signals:
                 now, span = self._now(k, signal.of), self._span(k, signal.of)
                 if now is None or not (recomputed or signal.since == "step"):
@@ -116,15 +128,43 @@ class Decisions:
                 elif recomputed and span is not None:
                     self.keep(k, span.end, span.leaves, now, None)
 
+    def _is_check(self, k: int, v: int) -> bool:
+        """Whether a stored value is not one that the segment reuses, but one that a policy compares with."""
+        span = self._span(k, "check")
+        return span is not None and span.end == v
+
+    def _estimate(self, k: int) -> float:
+        # A policy reads it when it decides and again when it counts what was spent.
+        if k not in self._estimates:
+            reuse, store = self.sites[k].reuse, self.branch.store
+            histories = [history for (site, v, _), history in store.items() if site == k and not self._is_check(k, v)]
+            self._estimates[k] = forecast_error(histories, reuse.time(self.step), reuse, self.branch.misses.get(k))
+            self.waits += any(history.entries[0][1].device.type != "cpu" for history in histories)
+        return self._estimates[k]
+
+    def predicted(self, k: int) -> float | None:
+        """The error of what segment k reuses in this call, as its history foretells it; None where it can't."""
+        found = self._estimate(k)
+        return found if found < float("inf") else None
+
     def keep(self, k: int, v: int, path: Path, value: Tensor, entry: Tensor | None) -> None:
         """Store one value of segment k: the output, less beta times what entered."""
         reuse, value = self.sites[k].reuse, value.detach()
         # A tensor of our own: the model may write into its one afterwards.
         kept = value - reuse.beta * entry if entry is not None and value.is_floating_point() else value.clone()
-        self.branch.store.setdefault((k, v, path), History()).push(reuse.time(self.step), kept, reuse.length)
+        history, now = self.branch.store.setdefault((k, v, path), History()), reuse.time(self.step)
+        if k in self.estimated and history.entries and history.entries[0][0] != now and not self._is_check(k, v):
+            self.misses.setdefault(k, Miss(abs(now - history.entries[0][0]))).add(history, now, reuse, kept, value)
+        history.push(now, kept, reuse.length)
 
     def forecast(self, k: int, v: int, path: Path, entry: Tensor | None) -> Tensor:
         """What segment k returns there instead of computing it."""
+        value = self._value(k, v, path, entry)
+        if self.returned is not None:
+            self.returned[k, v, path] = value.clone()
+        return value
+
+    def _value(self, k: int, v: int, path: Path, entry: Tensor | None) -> Tensor:
         reuse = self.sites[k].reuse
         value = self.branch.store[k, v, path].value(reuse.time(self.step), reuse)
         return value.add_(entry, alpha=reuse.beta) if entry is not None and value.is_floating_point() else value

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cachekit.adapter import Adapter
+from cachekit.audit import WRITES, Auditor, Shadow, ShadowCall, audit
 from cachekit.call import GraphChanged, KnownCall, Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ModelError
@@ -40,8 +41,9 @@ class _Local(threading.local):
 class Engine:
     """The state of one wrapped model. Tensors live in its lanes only; a copy of the model starts without any."""
 
-    def __init__(self, model: nn.Module, sites: tuple[Site, ...], adapter: Adapter) -> None:
+    def __init__(self, model: nn.Module, sites: tuple[Site, ...], adapter: Adapter, audit_every: int | None = None) -> None:
         self.model, self.sites, self.adapter = model, sites, adapter
+        self.auditor = Auditor(audit_every)
         self.stats = Stats()
         self.interceptors = Interceptors()
         self.removed = False
@@ -156,21 +158,39 @@ class Engine:
             branch.states = [site.policy.init() for site in self.sites]
             self._note_needs(generation)
         step = step_of(branch, generation, self.adapter.range)
-        decisions = Decisions(branch, branch.sites or self.sites, step, self.peeker)
+        shadow, auditing = self.auditor.shadow(self.model, branch, args, kwargs), self.auditor.on
+        sites, audited = branch.sites or self.sites, shadow is not None
+        decisions = Decisions(branch, sites, step, self.peeker, audited=audited, auditing=auditing)
         try:
             ran, result = self._run(decisions, original, args, kwargs)
         except GraphChanged as change:
             with self._lock:
                 self.stats.dropped[str(change)] += 1
             branch.drop()
-            decisions = Decisions(branch, self.sites, step, self.peeker)
+            decisions = Decisions(branch, self.sites, step, self.peeker, auditing=auditing)
             ran, result = self._run(decisions, original, args, kwargs)
         decisions.show_prediction(result)
         decisions.close()
         with self._lock:
             self.stats.count(Record(branch.i, branch.t, branch.name.text, *ran), decisions.waits)
         self.lanes.count_bytes(lane)
+        if not all(decisions.made.values()):
+            branch.reused += 1
+            if shadow is not None:
+                self._audit(shadow, decisions, original, result)
         return result
+
+    def _audit(self, shadow: Shadow, decisions: Decisions, original: Original, output: Any) -> None:
+        """Run a reused step's full pass beside it. If that fails, the step is none the worse for it."""
+        call, found = ShadowCall(decisions), None
+        try:
+            with shadow.untouched():
+                full = self._under(call, original, shadow.args, shadow.kwargs)
+            found = audit(decisions, call, output, full)
+        except Exception as error:
+            self.note(f"an audit failed: {type(error).__name__}: {error}")
+        with self._lock:
+            self.stats.audit(found, len(call.recomputed))
 
     def _run(
         self, decisions: Decisions, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -182,7 +202,10 @@ class Engine:
         call = self._call(decisions)
         sample = branch.inputs.sample
         entry = sample.detach().clone() if sample is not None and any(decisions.sites[k].reuse.beta for k in whole) else None
-        result = self._under(call, original, args, kwargs)
+        with self.auditor.watching(self.model, not isinstance(call, KnownCall)):
+            result = self._under(call, original, args, kwargs)
+        if self.auditor.writes:
+            self.note(WRITES)
         if isinstance(call, KnownCall):
             call.finish()
         elif isinstance(call, WatchedCall) and not self.removed:

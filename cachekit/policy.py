@@ -16,6 +16,11 @@ S = TypeVar("S")
 # For policies and reuses: without it pydantic ignores a misspelt keyword, and the default is used in silence.
 STRICT = ConfigDict(extra="forbid")
 
+NO_ESTIMATE = (
+    "step.estimate is the error of a forecast from what a model's sites hold: don't plan() the policy without a model, "
+    'and let a policy of your own say needs = frozenset({"estimate"})'
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -40,6 +45,7 @@ class Step:
     node: int = 0
     branch: str = ""
     look: Callable[[Signal], Comparison] | None = field(default=None, repr=False, compare=False)
+    estimated: Callable[[], float] | None = field(default=None, repr=False, compare=False)
 
     def signal(self, signal: Signal) -> Comparison:
         """What the model shows in this call against what it showed before. Reading a number of it may wait for the device.
@@ -53,6 +59,20 @@ class Step:
         if self.look is None:
             raise ConfigError(LACKING[signal.of] if signal.of in ("probe", "front") else NO_MODEL)
         return self.look(signal)
+
+    @property
+    def estimate(self) -> float:
+        """Estimated error of reusing the site at this step, relative to its output: from what is stored, without running anything.
+
+        Infinite until a recompute has shown what a forecast would have missed there (``cachekit.estimates``). Reading it costs
+        one device synchronisation.
+
+        Raises:
+            ConfigError: the policy does not say in ``needs`` that it reads it, or there is no model (``plan``).
+        """
+        if self.estimated is None:
+            raise ConfigError(NO_ESTIMATE)
+        return self.estimated()
 
     @property
     def change(self) -> float:
@@ -87,8 +107,8 @@ class Policy(Generic[S]):
     Attributes:
         needs: what the policy can't work without: each ``Signal`` that it reads with ``step.signal``, where ``"probe"``
             (``step.change``) and ``"front"`` (``step.front_change``) are short for two of them; ``"steps"`` (``step.steps``),
-            ``"end"`` (``step.steps`` or ``step.range``). Where one is missing, stats say so (steps, end), or wrap or the first
-            step raises (signals).
+            ``"end"`` (``step.steps`` or ``step.range``), ``"estimate"`` (``step.estimate``). Where one is missing, stats say so
+            (steps, end), or wrap or the first step raises (signals).
     """
 
     needs: ClassVar[frozenset[str | Signal]] = frozenset()

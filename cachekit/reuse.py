@@ -91,13 +91,25 @@ class Forecast:
 
     def weights(self, times: Sequence[float], t: float) -> list[float]:
         """One weight for each time used, newest first, and none for older ones."""
-        if t == times[0]:
-            return [1.0]
-        for order in range(min(self.order, len(times) - 1), 0, -1):
-            result = self.of_order(order, times, t)
-            if sum(map(abs, result)) <= self.bound:
-                return result
-        return [1.0]
+        return self._bounded(times, t)[1]
+
+    def rival(self, times: Sequence[float], t: float) -> list[float] | None:
+        """Weights of the order below the one in use, or of order 1 where that is 0; None where there are too few values.
+
+        What the two forecasts differ by is an estimate of their error that needs no further value.
+        """
+        if len(times) == 1 or t == times[0]:
+            return None
+        order = self._bounded(times, t)[0]
+        return [1.0] if order == 1 else self.of_order(order - 1 if order else 1, times, t)
+
+    def _bounded(self, times: Sequence[float], t: float) -> tuple[int, list[float]]:
+        if t != times[0]:
+            for order in range(min(self.order, len(times) - 1), 0, -1):
+                result = self.of_order(order, times, t)
+                if sum(map(abs, result)) <= self.bound:
+                    return order, result
+        return 0, [1.0]
 
     def of_order(self, order: int, times: Sequence[float], t: float) -> list[float]:
         """The weights of one order of at least 1, for more times than that, t not the newest; subclasses override this."""
@@ -123,12 +135,18 @@ class History:
         newest = self.entries[0][1]
         if not newest.is_floating_point():
             return newest.clone()
-        weights = reuse.weights([time for time, _ in self.entries], t)
+        return self.combined(reuse.weights([time for time, _ in self.entries], t))
+
+    def combined(self, weights: Sequence[float]) -> Tensor:
+        """The weighted sum of the values, newest first, as a tensor of its own."""
+        newest = self.entries[0][1]
         used = [(weight, value) for weight, (_, value) in zip(weights, self.entries, strict=False) if weight != 0.0]
         if len(used) == 1 and used[0][0] == 1.0:
             return used[0][1].clone()
         # Weights of both signs cancel: in half precision each product's rounding would be of the size of the change.
         wide = torch.promote_types(newest.dtype, torch.float32)
+        if not used:
+            return torch.zeros_like(newest)
         total = used[0][1].to(wide) * used[0][0]
         for weight, value in used[1:]:
             total.add_(value, alpha=weight)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cachekit.estimates import Miss
 from cachekit.graph import Graph
 from cachekit.inputs import Inputs
 from cachekit.policy import Step
@@ -43,6 +44,7 @@ class Branch:
     i: int = 0
     node: int = 0
     previous_t: float | None = None
+    reused: int = 0
     graph: Graph | None = None
     layout: Layout | None = None
     blocks: list[str] | None = None
@@ -50,6 +52,7 @@ class Branch:
     structure: Any = None
     store: dict[Key, History] = field(default_factory=dict)
     references: dict[tuple[int, Signal], Tensor] = field(default_factory=dict)
+    misses: dict[int, Miss] = field(default_factory=dict)
     ready: set[int] = field(default_factory=set)
     states: list[Any] = field(default_factory=list)
 
@@ -79,7 +82,7 @@ class Branch:
         """Forget the graph and everything stored; the next call is a full one."""
         self.graph = self.layout = self.blocks = self.structure = None
         self.sites = ()
-        self.store, self.references, self.ready = {}, {}, set()
+        self.store, self.references, self.misses, self.ready = {}, {}, {}, set()
 
     @property
     def nbytes(self) -> int:

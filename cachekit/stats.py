@@ -20,6 +20,38 @@ class Record:
     modules: tuple[bool, ...] = ()
 
 
+@dataclass(frozen=True)
+class SiteAudit:
+    """One reused site of an audited step.
+
+    Attributes:
+        site: its index among ``wrap``'s segments.
+        error: norm of what was reused less what the full pass has there, over the norm of the latter; all its tensors together.
+        predicted: the same as the stored history foretold it (``Step.estimate``); None where it says nothing.
+    """
+
+    site: int
+    error: float
+    predicted: float | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One audited step.
+
+    Attributes:
+        i, t, branch: as ``Record``'s.
+        error: of the model's output, reused against full, as ``SiteAudit.error``.
+        sites: those that were reused.
+    """
+
+    i: int
+    t: float
+    branch: str
+    error: float
+    sites: tuple[SiteAudit, ...]
+
+
 @dataclass
 class Stats:
     """Counts since ``wrap`` or the last ``reset()``; ``records`` are those of the generation that started last.
@@ -36,6 +68,9 @@ class Stats:
         dropped: reason -> how often what was stored was dropped and computed again.
         notes: sentences about what could not be done as asked.
         records: one for each model call of the current generation.
+        audits: one for each audited step of the current generation (``wrap``'s ``audit_every``).
+        audited: full passes that were run in the shadow; each waits for the device once. They are not in ``steps``.
+        audit_blocks: block visits that ran in them, which are not in ``blocks_run``.
     """
 
     steps: int = 0
@@ -51,6 +86,9 @@ class Stats:
     dropped: Counter[str] = field(default_factory=Counter)
     notes: set[str] = field(default_factory=set)
     records: list[Record] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
+    audited: int = 0
+    audit_blocks: int = 0
 
     def begin(self, new_generation: bool, doubt: str | None, waits: int) -> None:
         """A model call has found its place, after so many device synchronisations."""
@@ -59,7 +97,7 @@ class Stats:
             self.dropped[doubt] += 1
         if new_generation:
             self.generations += 1
-            self.records = []
+            self.records, self.audits = [], []
 
     def count(self, record: Record, waits: int) -> None:
         """Add one model call, with the device synchronisations in it."""
@@ -70,6 +108,13 @@ class Stats:
         self.modules_run += sum(record.modules)
         self.modules_total += len(record.modules)
         self.records.append(record)
+
+    def audit(self, found: Audit | None, blocks: int) -> None:
+        """Add one full pass in the shadow of so many blocks; None where it failed."""
+        self.audited += 1
+        self.audit_blocks += blocks
+        if found is not None:
+            self.audits.append(found)
 
     def hold(self, nbytes: int) -> None:
         """Note how many bytes are stored now."""
@@ -84,6 +129,8 @@ class Stats:
             + (f", {self.modules_run} of {self.modules_total} modules in them" if self.modules_total else ""),
             f"{self.bytes_held / 2**20:.1f} MiB held, {self.bytes_peak / 2**20:.1f} MiB at the most",
         ]
+        if self.audited:
+            lines.append(f"{_count(self.audited, 'audit')}: full passes of {self.audit_blocks} blocks in the shadow")
         lines += [f"computed in full {count} times: {reason}" for reason, count in self.uncached.items()]
         lines += [f"stored values dropped {count} times: {reason}" for reason, count in self.dropped.items()]
         return "\n".join([*lines, *sorted(self.notes)])

@@ -85,6 +85,7 @@ def wrap(
     segments: Any = None,
     reuse: Any = None,
     adapter: Adapter | str | None = None,
+    audit_every: int | None = None,
 ) -> M:
     """Make a transformer's block stack skippable per denoising step.
 
@@ -97,22 +98,26 @@ def wrap(
         reuse: what a reused segment returns: ``"output"`` (the default of literal policies), ``"residual"``, ``"taylor-K"``,
             ``"residual-taylor-K"``, a published operator such as ``"bdf2"``, or a ``Forecast`` or other ``Reuse``.
         adapter: an ``Adapter`` or the name of one; found by the model's class otherwise.
+        audit_every: k, to run the full pass beside every k-th reused step of a branch and note in ``stats.audits`` what the
+            reused one is off by. It changes no sample, and costs what it saves elsewhere.
 
     Returns:
         The same model, with ``model.cachekit`` for statistics and control. One that is wrapped already gets the new policy.
 
     Raises:
-        ConfigError: a policy, segment, reuse or adapter that can't be read.
+        ConfigError: a policy, segment, reuse or adapter that can't be read, or an ``audit_every`` that is no positive number.
         ModelError: not a module, or one that holds or lies in another wrapped module.
     """
     preset = parse_policy(policy)
+    if audit_every is not None and (isinstance(audit_every, bool) or not isinstance(audit_every, int) or audit_every < 1):
+        raise ConfigError(f"audit_every={audit_every!r}: give a whole number, 1 for every reused step, or None for no audits")
     if not isinstance(model, nn.Module):
         raise ModelError(f"{type(model).__name__} is no torch.nn.Module; wrap the transformer itself, for example pipe.transformer")
     _refuse_nesting(model)
     facts = adapter_for(model, adapter)
     sites = _sites(lambda written: bound(parse_policy(written), model, facts), preset, segments, reuse)
     unwrap(model)
-    engine = Engine(model, sites, facts)
+    engine = Engine(model, sites, facts, audit_every)
     engine.attach()
     model.__dict__["cachekit"] = Handle(engine)
     return model

@@ -13,6 +13,7 @@ from cachekit.policies.change import change
 from cachekit.policies.dbcache import dbcache
 from cachekit.policies.delta_dit import delta_dit
 from cachekit.policies.easycache import easycache
+from cachekit.policies.error_budget import ErrorBudget, error_budget
 from cachekit.policies.every import every
 from cachekit.policies.first import first
 from cachekit.policies.first_block import first_block
@@ -37,6 +38,7 @@ from cachekit.policies.teacache import teacache
 from cachekit.policies.tgate import tgate
 
 __all__ = [
+    "ErrorBudget",
     "accumulated",
     "adacache",
     "at_most",
@@ -44,6 +46,7 @@ __all__ = [
     "dbcache",
     "delta_dit",
     "easycache",
+    "error_budget",
     "every",
     "first",
     "first_block",
@@ -100,5 +103,6 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "fora": fora,
         "pab": pab,
         "tgate": tgate,
+        "error-budget": error_budget,
     }
 )
