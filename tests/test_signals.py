@@ -23,6 +23,7 @@ from zoo import CASES, DIT, FLUX, WAN
 
 import cachekit
 from cachekit import Comparison, Signal
+from cachekit.decisions import Decisions
 from cachekit.policies import accumulated, at_most
 from cachekit.policy import Policy, Preset, Step
 
@@ -343,6 +344,22 @@ def test_threads_look_for_themselves() -> None:
     for thread in threads:
         thread.join()
     assert all(same(found[k], expected[k]) for k in (0, 1))
+
+
+@pytest.mark.parametrize("spec", ("teacache-0.4", "easycache-0.2", "speca-3", "first-block-0.2"))
+def test_every_number_that_is_read_is_counted_once(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if on a device for which reading waits. What is asked for in vain, or not at all, costs nothing."""
+    monkeypatch.setattr(Decisions, "_count", lambda self, number: setattr(self, "waits", self.waits + 1))
+    model = cachekit.wrap(FLUX.build(), spec)
+    with model.cachekit.session(steps=len(TIMES)), model.cachekit.branch("only"):
+        generate(model, FLUX, TIMES)
+    full = [record.recomputed[1] for record in model.cachekit.stats.records]
+    n, fulls = len(TIMES), sum(full)
+    assert fulls < n
+    # TeaCache: the first and the last step are full whatever it shows. EasyCache: the first step has nothing to compare with but
+    # a size of its own, and five more are full whatever it shows. SpeCa: at reuses alone.
+    expected = {"teacache": n - 2, "easycache": 1 + 3 * (fulls - 1) + n - 6, "speca": n - fulls, "first-block": n - 1}
+    assert model.cachekit.stats.synchronisations == expected[spec.rpartition("-")[0]]
 
 
 def test_what_is_known_to_update_only_is_infinite_in_decide() -> None:
