@@ -17,7 +17,7 @@ from zoo import DIT, FLUX, HUNYUAN_DIT, LATTE, PIXART
 
 import cachekit
 from cachekit import ConfigError, Forecast, Segment
-from cachekit.policies import every, first
+from cachekit.policies import accumulated, every, first
 
 
 def wrapped(model: nn.Module | None = None, policy: Any = "every-2", **options: Any) -> Any:
@@ -104,6 +104,16 @@ def test_a_probe_before_modules() -> None:
     assert [sum(record.modules) for record in model.cachekit.stats.records] == [9, 5, 5, 5]
     with pytest.raises(ConfigError, match="the block before the segment"):
         sample(wrapped(policy="change-0.1", segments="attn"))
+
+
+def test_a_look_into_a_block_is_no_call_of_its_modules() -> None:
+    """What runs before the block's attention when it is looked into: the decision is the first block's modulated input's."""
+    model = wrapped(toy(mlp=Gated, attn=Mixer), accumulated(9.0, signal="modulated", coefficients=(1.0, 0.0)))
+    sample(model)
+    assert [sum(record.modules) for record in model.cachekit.stats.records] == [6, 0, 0, 0]
+    assert not model.cachekit.stats.dropped
+    model = wrapped(toy(mlp=Gated, attn=Mixer), accumulated(0.0, signal="modulated", coefficients=(1.0, 0.0)))
+    assert equal(sample(model), sample(toy(mlp=Gated, attn=Mixer)))
 
 
 def test_another_sequence_of_modules_recomputes() -> None:
