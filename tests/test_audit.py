@@ -247,3 +247,33 @@ def test_a_model_that_writes_into_its_sample_is_audited_on_the_sample_that_it_wa
 def test_wrong_numbers_are_refused(every: Any) -> None:
     with pytest.raises(ConfigError, match="audit_every"):
         cachekit.wrap(CASE.build(), audit_every=every)
+
+
+def test_modules_inside_blocks_are_compared_one_by_one() -> None:
+    """Every attention module of a step together; blocks run throughout, and the shadow's modules are no part of the counts."""
+    model, full, ours, theirs = DIT.build(), DIT.build(), Seen(), Seen()
+    cachekit.wrap(model, "every-2", segments="attn", audit_every=1)
+    paths = [f"{block}.attn1" for block in DIT.stack]
+    with torch.no_grad(), watching(model, paths, ours), watching(full, paths, theirs):
+        generate(model, DIT, SCHEDULE)
+        generate(full, DIT, SCHEDULE)
+    n, expected = len(paths), []
+    for step, record in enumerate(stats(model).records):
+        reused = torch.cat([result[0].flatten() for _, _, result in ours[:n]])
+        true = torch.cat([result[0].flatten() for _, _, result in theirs[step * n : (step + 1) * n]])
+        del ours[: n if all(record.modules) else 2 * n]
+        if not all(record.modules):
+            expected.append(relative(reused, true))
+    assert not ours and len(expected) == len(SCHEDULE) // 2
+    assert [audit.sites[0].error for audit in stats(model).audits] == pytest.approx(expected, rel=SAME)
+
+
+def test_what_a_policy_checks_is_not_taken_for_what_was_reused() -> None:
+    """SpeCa's policy forecasts the block behind its segment as well; the audits are those of the segment alone."""
+    found = []
+    for policy in ("speca-1000", "first-3 | at-most-8"):
+        model = cachekit.wrap(DIT.build(), policy, segments=(0, -1), reuse="grid-taylor-1", audit_every=1)
+        with torch.no_grad():
+            generate(model, DIT, SCHEDULE)
+        found.append(stats(model).audits)
+    assert len(found[0]) == len(SCHEDULE) - 3 and found[0] == found[1]

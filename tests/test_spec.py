@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import cachekit
 from cachekit.policies import (
     POLICIES,
+    ErrorBudget,
     accumulated,
     adacache,
     at_most,
@@ -19,6 +20,7 @@ from cachekit.policies import (
     dbcache,
     delta_dit,
     easycache,
+    error_budget,
     every,
     first,
     first_block,
@@ -45,7 +47,7 @@ from cachekit.policies.pab import broadcast
 from cachekit.policies.reuses import Bdf, Hermite, TaylorSeer
 from cachekit.policies.speca import verified
 from cachekit.policy import AllOf, AnyOf, Policy, Preset
-from cachekit.reuse import parse_reuse
+from cachekit.reuse import Forecast, parse_reuse
 from cachekit.segments import Segment, parse_segments
 from cachekit.spec import parse_policy
 
@@ -103,6 +105,7 @@ PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
     ("easycache-0.1", easycache(0.1), first(5) | last(1) | predicted(0.1), "model", "residual"),
     ("speca", speca(0.3), first(3) | at_most(8) | verified(0.3, 0.05, 0.01), (0, -1), TaylorSeer(1, axis="grid")),
     ("speca-2", speca(2.0), first(3) | at_most(8) | verified(2, 0.05, 0.01), (0, -1), TaylorSeer(1, axis="grid")),
+    ("error-budget-0.02", error_budget(0.02), ErrorBudget(0.02), None, Forecast(order=2, bound=5.0, axis="grid")),
     ("adacache", adacache(), paced(tuple(CODEBOOK.items())), (1, None), "residual"),
     (
         "delta-dit-3-2-0.25",
