@@ -1,8 +1,8 @@
 """The paper's explanation, measured: are models with long skip connections smoother, along a generation and under perturbation?
 
-    python benchmarks/smoothness.py --plain PACKAGE.MODULE:FACTORY --skips PACKAGE.MODULE:FACTORY --out FOLDER
+    python benchmarks/smoothness.py --plain plain --skips skip-dit --out FOLDER
 
-Factories as for `cachekit compare`; the first solver of each samples, from the same noise. Two measures (arXiv 2411.17616):
+Targets as for `cachekit compare`; the first solver of each samples, from the same noise. Two measures (arXiv 2411.17616):
 how far each block's output moves from step to step (relative L2 and cosine; blocks x steps, a heat map for each model), and the
 cosine of the prediction with that of weights theta + a d1 + b d2, where random directions have each parameter's own norm. Both
 models predict on the same inputs there: those of the plain one's generation. Figures are means over noise or direction seeds,
@@ -23,7 +23,8 @@ import numpy as np
 from smoothness_measures import Call, Dynamics, Values, dynamics, landscape, recorded
 
 import cachekit
-from cachekit.demo.target import Target, load_target
+from cachekit.demo.shipped import find_target
+from cachekit.demo.target import Target
 
 POINTS = 7  # of the landscape's grid in each direction; odd, so that the original stands in the middle
 
@@ -114,8 +115,9 @@ def as_json(model: Smoothness) -> dict[str, Any]:
 def main() -> None:
     matplotlib.use("Agg", force=False)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plain", required=True, help="package.module:factory of the plain model")
-    parser.add_argument("--skips", required=True, help="of the same with long skip connections")
+    parser.add_argument("--plain", required=True, help="target with the plain model: a name, NAME:FILE, or package.module:factory")
+    parser.add_argument("--skips", required=True, help="target with the same and long skip connections")
+    parser.add_argument("--images", type=int, default=8, help="images or clips of each seed, for shipped targets")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=4, help="calls of a generation on which predictions are compared")
@@ -123,7 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("smoothness"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    targets = [load_target(args.plain), load_target(args.skips)]
+    targets = [find_target(name, args.images) for name in (args.plain, args.skips)]
     first = targets[0]
     calls = recorded(cachekit.unwrap(first.model), lambda: first.solvers[0].run(0, args.steps), args.calls)
     models = [measure(target, calls, args) for target in targets]

@@ -225,5 +225,21 @@ def test_the_command_line_takes_several(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_shipped_target_by_name() -> None:
     made = shipped.find_target("plain", 3)
     assert made.solvers[0].sample(0, 1).shape == (3, 1, 28, 28)
-    with pytest.raises(ConfigError, match="or one of plain, skip-dit, video, video-skip"):
+    with pytest.raises(ConfigError, match="or one of plain, skip-dit, retrofit, control, video, video-skip"):
         shipped.find_target("skip-dti", 3)
+
+
+def test_a_shipped_target_with_other_weights(tmp_path: Path) -> None:
+    """Each with the fusions that it says; a file of another model is refused."""
+    made = {"plain": fashion.new_model(), "skip-dit": cachekit.add_long_skips(fashion.new_model(), fusion="paper")}
+    for name, model in made.items():
+        save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, tmp_path / f"{name}.safetensors")
+    for name, file, fusion in (("skip-dit", "skip-dit", "paper"), ("retrofit", "skip-dit", "residual"), ("control", "plain", None)):
+        found = shipped.find_target(f"{name}:{tmp_path / file}.safetensors", 2)
+        assert found.name.endswith(f", {file}")
+        fusions = getattr(found.model, "long_skips", None)
+        assert (fusions.fusion if fusions is not None else None) == fusion
+    with pytest.raises(ConfigError, match="another model's weights"):
+        shipped.find_target(f"plain:{tmp_path / 'skip-dit'}.safetensors", 2)
+    with pytest.raises(ConfigError, match="there is no file of weights"):
+        shipped.find_target("plain:nowhere.safetensors", 2)

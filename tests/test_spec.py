@@ -79,9 +79,7 @@ def test_a_name_and_its_numbers(spec: str, policy: Any) -> None:
     assert parse_policy(f"  {spec} ") == Preset(policy)
 
 
-PAB = [
-    Segment(modules=kind, policy=broadcast(n)) for kind, n in (("spatial_attn", 2), ("temporal_attn", 3), ("cross_attn", 6))
-]
+PAB = [Segment(modules=kind, policy=broadcast(n)) for kind, n in (("spatial_attn", 2), ("temporal_attn", 3), ("cross_attn", 6))]
 TGATE = [
     Segment(modules="attn", policy=first(3) | every(2) | since(19)),
     Segment(modules="cross_attn", policy=first(20)),

@@ -42,8 +42,8 @@ def compare(
         typer.Option(
             "--target",
             "-t",
-            help=f"A target, {', '.join(SHIPPED)} among them; several side by side: repeat it. Speed-ups are given against the "
-            "last one as well.",
+            help=f"A target, {', '.join(SHIPPED)} among them, NAME:FILE with other weights; several side by side: repeat it. "
+            "Speed-ups are given against the last one as well.",
         ),
     ] = None,
     policies: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,22 +57,22 @@ def new_model() -> LatteTransformer3DModel:
     return LatteTransformer3DModel(**CONFIG).eval()
 
 
-def load_model() -> LatteTransformer3DModel:
+def load_model(weights: str | Path = "clips_latte") -> LatteTransformer3DModel:
     """The plain Latte, trained by ``training/video_latte.py``.
 
     Raises:
-        ConfigError: this version of the package comes without its weights.
+        ConfigError: no such weights (this version of the package may come without), or those of another model.
     """
-    return with_weights(new_model(), "clips_latte")
+    return with_weights(new_model(), weights)
 
 
-def load_skip_model() -> LatteTransformer3DModel:
+def load_skip_model(weights: str | Path = "clips_skip_latte") -> LatteTransformer3DModel:
     """The same with long skip connections from the start, the paper's fusions.
 
     Raises:
-        ConfigError: this version of the package comes without its weights.
+        ConfigError: no such weights (this version of the package may come without), or those of another model.
     """
-    return with_weights(cachekit.add_long_skips(new_model(), fusion="paper", seed=0), "clips_skip_latte")
+    return with_weights(cachekit.add_long_skips(new_model(), fusion="paper", seed=0), weights)
 
 
 def caption(labels: Tensor) -> Tensor:
@@ -96,18 +97,19 @@ def sample(model: Any, scheduler: Any, seed: int, steps: int, clips: int) -> Ten
     return x
 
 
-def target(clips: int = 4) -> Target:
+def target(clips: int = 4, weights: str | Path = "clips_latte") -> Target:
     """The plain Latte, as ``cachekit compare`` shows it.
 
     Args:
         clips: per noise seed.
+        weights: as in ``load_model``.
     """
-    return target_of("a class-conditional Latte (12 blocks, clips of vizdoom)", load_model(), clips)
+    return target_of("a class-conditional Latte (12 blocks, clips of vizdoom)", load_model(weights), clips)
 
 
-def skip_target(clips: int = 4) -> Target:
+def skip_target(clips: int = 4, weights: str | Path = "clips_skip_latte") -> Target:
     """The Latte with long skip connections, from the same noise as the plain one."""
-    return target_of("a class-conditional Latte with long skips (12 blocks, clips of vizdoom)", load_skip_model(), clips)
+    return target_of("a class-conditional Latte with long skips (12 blocks, clips of vizdoom)", load_skip_model(weights), clips)
 
 
 def target_of(name: str, model: LatteTransformer3DModel, clips: int) -> Target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,18 +38,26 @@ def new_model() -> DiTTransformer2DModel:
     return DiTTransformer2DModel(**CONFIG).eval()
 
 
-def load_model() -> DiTTransformer2DModel:
-    """The trained DiT from the package's own weights (half precision on disk, float32 in memory)."""
-    return with_weights(new_model(), "fashion_dit")
-
-
-def load_skip_dit() -> DiTTransformer2DModel:
-    """The Skip-DiT of the same shape, trained from scratch with the paper's fusions by ``training/image_skip_dit.py``.
+def load_model(weights: str | Path = "fashion_dit") -> DiTTransformer2DModel:
+    """The trained DiT from the package's own weights, or others of this shape.
 
     Raises:
-        ConfigError: this version of the package comes without its weights.
+        ConfigError: no such weights, or those of another model.
     """
-    return with_weights(cachekit.add_long_skips(new_model(), fusion="paper", seed=0), "fashion_skip_dit")
+    return with_weights(new_model(), weights)
+
+
+def load_skip_dit(weights: str | Path = "fashion_skip_dit", fusion: str = "paper") -> DiTTransformer2DModel:
+    """The Skip-DiT of the same shape, trained from scratch with the paper's fusions by ``training/image_skip_dit.py``.
+
+    Args:
+        weights: the package's own, or others that were trained with this fusion. Files do not say which one it was.
+        fusion: as in ``add_long_skips``.
+
+    Raises:
+        ConfigError: no such weights (this version of the package may come without), or those of another model.
+    """
+    return with_weights(cachekit.add_long_skips(new_model(), fusion=fusion, seed=0), weights)
 
 
 # Each solver on its best grid. Relative error to the fine solution on development seeds, at 50 steps: DDIM trailing .034,
@@ -76,18 +85,29 @@ def sample(model: Any, scheduler: Any, seed: int, steps: int, images: int) -> Te
     return x
 
 
-def target(images: int = 4) -> Target:
+def target(images: int = 4, weights: str | Path = "fashion_dit") -> Target:
     """The plain DiT, as ``cachekit compare`` shows it.
 
     Args:
         images: per noise seed.
+        weights: as in ``load_model``.
     """
-    return target_of("a class-conditional DiT (8 blocks, Fashion-MNIST)", load_model(), images)
+    return target_of("a class-conditional DiT (8 blocks, Fashion-MNIST)", load_model(weights), images)
 
 
-def skip_target(images: int = 4) -> Target:
+def skip_target(images: int = 4, weights: str | Path = "fashion_skip_dit", fusion: str = "paper") -> Target:
     """The Skip-DiT, from the same noise as the plain one."""
-    return target_of("a class-conditional Skip-DiT (8 blocks, Fashion-MNIST)", load_skip_dit(), images)
+    return target_of("a class-conditional Skip-DiT (8 blocks, Fashion-MNIST)", load_skip_dit(weights, fusion), images)
+
+
+def retrofit_target(images: int = 4, weights: str | Path = "fashion_retrofit") -> Target:
+    """The plain DiT after a retrofit with residual fusions (``training/image_retrofit.py``)."""
+    return target_of("a retrofitted Skip-DiT (8 blocks, Fashion-MNIST)", load_skip_dit(weights, "residual"), images)
+
+
+def control_target(images: int = 4, weights: str | Path = "fashion_control") -> Target:
+    """The plain DiT, trained on for as long as the retrofitted one."""
+    return target_of("a DiT, trained on (8 blocks, Fashion-MNIST)", load_model(weights), images)
 
 
 def target_of(name: str, model: DiTTransformer2DModel, images: int) -> Target:
