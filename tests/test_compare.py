@@ -214,10 +214,10 @@ def test_the_frechet_distance_is_that_of_gaussians() -> None:
 
 def test_realism_tells_samples_from_noise() -> None:
     realism = frechet.Realism()
-    mean, spread = realism.floor(100)
+    mean, spread = frechet.floor(realism, 100)
     noise = torch.rand(100, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert 0 < mean < 1 and 0 < spread < mean
-    assert realism.distance(noise) > 10 * mean
+    assert frechet.distance(realism, noise) > 10 * mean
 
 
 def test_the_shipped_model_is_what_it_says() -> None:

@@ -54,12 +54,16 @@ def task(args: argparse.Namespace) -> diffusion.Task:
     )
 
 
-def main() -> None:
-    parser = diffusion.arguments(__doc__, steps=4_000, batch=8, log_every=20)
+def options() -> argparse.ArgumentParser:
+    parser = diffusion.arguments(__doc__, steps=6_000, batch=4, log_every=20)
     parser.add_argument("--data", type=Path, required=True, help="the clips' .npz, made where there is none")
     parser.add_argument("--long-skips", choices=("paper", "residual", "spectral"), help="the fusion; plain if left out")
     vizdoom_clips.add_arguments(parser)
-    diffusion.train(parser.parse_args(), task)
+    return parser
+
+
+def main() -> None:
+    diffusion.train(options().parse_args(), task)
 
 
 if __name__ == "__main__":

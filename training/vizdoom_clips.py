@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,16 +120,21 @@ def played(game: Any, rng: np.random.Generator, frames: int, size: int) -> NDArr
     return np.stack(seen)
 
 
+def play(settings: Settings, label: int, chosen: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
+    """The chosen clips of one scenario, each (frames, size, size, 3)."""
+    with playing(SCENARIOS[label]) as game:
+        for k in chosen:
+            yield clip(game, (settings.seed, SPLITS.index(settings.split), label, k), settings.frames, settings.size)
+
+
 def generate(settings: Settings, progress: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Clips (n, 3, frames, size, size) and their classes (n,), scenario after scenario."""
     clips = []
     with tqdm(total=len(SCENARIOS) * settings.clips, disable=not progress) as bar:
-        for label, scenario in enumerate(SCENARIOS):
-            with playing(scenario) as game:
-                for k in range(settings.clips):
-                    entropy = (settings.seed, SPLITS.index(settings.split), label, k)
-                    clips.append(clip(game, entropy, settings.frames, settings.size))
-                    bar.update()
+        for label in range(len(SCENARIOS)):
+            for found in play(settings, label, range(settings.clips)):
+                clips.append(found)
+                bar.update()
     return np.stack(clips).transpose(0, 4, 1, 2, 3), np.repeat(np.arange(len(SCENARIOS)), settings.clips)
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cachekit.demo.compare import compare as run_comparison
-from cachekit.demo.rows import POLICIES
-from cachekit.demo.target import load_target
+from cachekit.demo.compare import Entry, compare_all
+from cachekit.demo.rows import POLICIES, rows_of
+from cachekit.demo.shipped import SHIPPED, find_target
 from cachekit.errors import CachekitError
 from cachekit.spec import known_policies, summary, usage
 
@@ -37,24 +37,44 @@ def compare(
         str | None,
         typer.Argument(help="package.module:factory, returning (model, sample) or a Target; the shipped DiT if left out."),
     ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help=f"A target, {', '.join(SHIPPED)} among them, NAME:FILE with other weights; several side by side: repeat it. "
+            "Speed-ups are given against the last one as well.",
+        ),
+    ] = None,
     policies: Annotated[
-        list[str] | None, typer.Option("--policies", "-p", help="POLICY[@SEGMENTS][/REUSE]; several: repeat it, or put commas.")
+        list[str] | None,
+        typer.Option(
+            "--policies",
+            "-p",
+            help="[TARGET=]POLICY[@SEGMENTS][/REUSE]; several: repeat it, or put commas. With TARGET= for that target alone.",
+        ),
+    ] = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Steps of the full run of the first solver, each in a table of its own: repeat it."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of noise seeds.")] = 5,
-    images: Annotated[int, typer.Option(min=1, help="Images per seed, for the shipped model.")] = 4,
+    images: Annotated[int, typer.Option(min=1, help="Images or clips per seed, for the shipped models.")] = 4,
+    fine: Annotated[
+        int | None, typer.Option(min=0, help="On how many seeds the fine solution is computed; all if left out.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for compare.json and the pictures.")] = Path("cachekit-compare"),
 ) -> None:
-    """Sample a model uncached, with fewer steps and under several policies, and show what each costs and gains."""
+    """Sample models uncached, with fewer steps and under several policies, and show what each costs and gains."""
     console = _console()
+    names = [*([] if target is None else [target]), *(targets or [])] or ["plain"]
     chosen = [text for given in policies or POLICIES for text in given.split(",")]
     try:
-        if target is None:
-            from cachekit.demo.fashion import target as shipped
-
-            made = shipped(images)
-        else:
-            made = load_target(target)
-        run_comparison(made, chosen, seeds, out, console)
+        entries = [
+            Entry(find_target(name, images), rows, name if len(names) > 1 else "")
+            for name, rows in zip(names, rows_of(names, chosen), strict=True)
+        ]
+        compare_all(entries, seeds, out, console, steps or (), fine)
     except CachekitError as error:
         Console(stderr=True).print(f"cachekit: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(2) from error

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import LatteTransformer3DModel
 from torch import Tensor
 from torch.nn import functional
+
+import cachekit
+from cachekit.demo.efficientnet import Efficientnet, available
+from cachekit.demo.fashion import ddim, dpm_solver
+from cachekit.demo.stored import with_weights
+from cachekit.demo.target import Solver, Target
 
 CLASSES = (
     "basic",
@@ -21,6 +28,7 @@ CLASSES = (
     "deadly corridor",
 )
 FRAMES, SIZE = 8, 32
+FINE_STEPS = 200
 CONFIG = {
     "num_attention_heads": 4,
     "attention_head_dim": 32,
@@ -49,6 +57,24 @@ def new_model() -> LatteTransformer3DModel:
     return LatteTransformer3DModel(**CONFIG).eval()
 
 
+def load_model(weights: str | Path = "clips_latte") -> LatteTransformer3DModel:
+    """The plain Latte, trained by ``training/video_latte.py``.
+
+    Raises:
+        ConfigError: no such weights (this version of the package may come without), or those of another model.
+    """
+    return with_weights(new_model(), weights)
+
+
+def load_skip_model(weights: str | Path = "clips_skip_latte") -> LatteTransformer3DModel:
+    """The same with long skip connections from the start, the paper's fusions.
+
+    Raises:
+        ConfigError: no such weights (this version of the package may come without), or those of another model.
+    """
+    return with_weights(cachekit.add_long_skips(new_model(), fusion="paper", seed=0), weights)
+
+
 def caption(labels: Tensor) -> Tensor:
     """Classes (n,) as the model's captions (n, 1, 8): a single token, one-hot.
 
@@ -69,3 +95,35 @@ def sample(model: Any, scheduler: Any, seed: int, steps: int, clips: int) -> Ten
             noise = model(x, timestep=t.expand(clips), encoder_hidden_states=captions).sample
             x = scheduler.step(noise, t, x).prev_sample
     return x
+
+
+def target(clips: int = 4, weights: str | Path = "clips_latte") -> Target:
+    """The plain Latte, as ``cachekit compare`` shows it.
+
+    Args:
+        clips: per noise seed.
+        weights: as in ``load_model``.
+    """
+    return target_of("a class-conditional Latte (12 blocks, clips of vizdoom)", load_model(weights), clips)
+
+
+def skip_target(clips: int = 4, weights: str | Path = "clips_skip_latte") -> Target:
+    """The Latte with long skip connections, from the same noise as the plain one."""
+    return target_of("a class-conditional Latte with long skips (12 blocks, clips of vizdoom)", load_skip_model(weights), clips)
+
+
+def target_of(name: str, model: LatteTransformer3DModel, clips: int) -> Target:
+    """A target of a model of this shape. Distances are to clips of games that no model was trained on."""
+
+    def with_scheduler(scheduler: Any) -> Any:
+        return lambda seed, steps: sample(model, scheduler, seed, steps, clips)
+
+    real = (Efficientnet("efficientnet_clips", kind) for kind in ("clips", "motion")) if available() else ()
+    return Target(
+        name,
+        model,
+        (Solver("DDIM", with_scheduler(ddim()), 50), Solver("DPM-Solver++(2M)", with_scheduler(dpm_solver()), 30)),
+        fine=lambda seed: sample(model, dpm_solver(), seed, FINE_STEPS, clips),
+        real=tuple(real),
+        pixels=lambda x: x.clamp(-1, 1) / 2 + 0.5,
+    )

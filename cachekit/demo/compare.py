@@ -1,10 +1,11 @@
-"""`cachekit compare`: run a target under several policies, and show what each costs and gains."""
+"""`cachekit compare`: run targets under several policies, and show what each costs and gains."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from cachekit.demo import pictures, report
+from cachekit.demo.frechet import floor
 from cachekit.demo.measure import Measured, measure
 from cachekit.demo.pareto import pareto
+from cachekit.demo.report_quality import quality_table
 from cachekit.demo.rows import rows_for
 from cachekit.demo.target import Solver, Target
+from cachekit.errors import ConfigError
 
 # No default of the package was chosen on these.
 FIRST_SEED = 2000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A target of a comparison.
+
+    Attributes:
+        target: what to sample.
+        policies: its rows, as ``POLICY[@SEGMENTS][/REUSE]``.
+        name: in the names of files, where there are several targets.
+    """
+
+    target: Target
+    policies: tuple[str, ...]
+    name: str = ""
 
 
 def compare(target: Target, policies: Sequence[str], seeds: int, out: Path, console: Console) -> dict[str, Any]:
@@ -36,25 +55,70 @@ def compare(target: Target, policies: Sequence[str], seeds: int, out: Path, cons
     Returns:
         What ``compare.json`` holds.
     """
+    (found,) = compare_all([Entry(target, tuple(policies))], seeds, out, console)
+    return found
+
+
+def compare_all(
+    entries: Sequence[Entry], seeds: int, out: Path, console: Console, bases: Sequence[int] = (), fine: int | None = None
+) -> list[dict[str, Any]]:
+    """As ``compare``, several targets side by side: all their rows take turns, so that times compare.
+
+    Args:
+        entries: the last one is the model that speed-ups are given against as well, where there are several.
+        seeds, out, console: as in ``compare``.
+        bases: numbers of steps of the full run; the first solver is then shown at each of them, and the others as rows only.
+            None leaves every solver its own.
+        fine: on how many seeds the fine solution is computed; None means all.
+
+    Returns:
+        What ``compare.json`` holds for each target; with several it holds them as a list.
+
+    Raises:
+        ConfigError: targets that have no solver in common, or bases for a solver that takes no steps.
+    """
     out.mkdir(parents=True, exist_ok=True)
     chosen = list(range(FIRST_SEED, FIRST_SEED + seeds))
-    tables = {solver: rows_for(target, solver, tuple(policies)) for solver in target.solvers}
-    found: dict[Solver, list[Measured]] = {}
+    runs = _runs(entries, bases)
     with _progress(console) as progress:
-        fine = _fine(target, chosen, progress)
-        for solver, rows in tables.items():
-            task = progress.add_task(solver.name, total=len(rows) * len(chosen), row="")
-
-            def tick(label: str, task: Any = task) -> None:
-                progress.update(task, advance=1, row=label)
-
-            found[solver] = measure(target, rows, chosen, fine, tick)
-    written: dict[str, Any] = {"target": target.name, "seeds": chosen, "environment": report.environment(), "solvers": {}}
-    for solver, measured in found.items():
-        written["solvers"][solver.name] = _show(target, solver, measured, out, console)
-    (out / "compare.json").write_text(json.dumps(written, indent=1))
+        solutions = [_fine(entry.target, chosen[:fine], progress) for entry in entries]
+        found = [_measured(entries, solvers, chosen, solutions, progress) for solvers in runs]
+    written = []
+    for k, entry in enumerate(entries):
+        said: dict[str, Any] = {"target": entry.target.name, "seeds": chosen, "environment": report.environment(), "solvers": {}}
+        for solvers, rows in zip(runs, found, strict=True):
+            plain = rows[-1][0] if len(entries) > 1 else None
+            key = f"{solvers[k].name}, {solvers[k].steps} steps" if bases else solvers[k].name
+            said["solvers"][key] = _show(entry, key, solvers[k], rows[k], plain, out, console)
+        written.append(said)
+    (out / "compare.json").write_text(json.dumps(written if len(written) > 1 else written[0], indent=1))
     console.print(f"\nWritten to {out}: compare.json, " + ", ".join(sorted(path.name for path in out.glob("*.png"))))
     return written
+
+
+def _runs(entries: Sequence[Entry], bases: Sequence[int]) -> list[tuple[Solver, ...]]:
+    """For each table the solver of each target."""
+    first = entries[0].target.solvers
+    for entry in entries[1:]:
+        names = [[solver.name for solver in each.target.solvers] for each in (entries[0], entry)]
+        if names[0] != names[1]:
+            raise ConfigError(f"targets with different solvers, {names[0]} and {names[1]}; compare them one by one")
+    if not bases:
+        return [tuple(entry.target.solvers[k] for entry in entries) for k in range(len(first))]
+    if first[0].steps is None:
+        raise ConfigError(f"{entries[0].target.name!r} samples without a number of steps; leave out --steps")
+    return [tuple(replace(entry.target.solvers[0], steps=steps) for entry in entries) for steps in bases]
+
+
+def _measured(
+    entries: Sequence[Entry], solvers: Sequence[Solver], seeds: Sequence[int], fine: Sequence[list[Tensor]], progress: Progress
+) -> list[list[Measured]]:
+    """One table's rows, for each target."""
+    tables = [
+        (entry.target, rows_for(entry.target, solver, entry.policies)) for entry, solver in zip(entries, solvers, strict=True)
+    ]
+    task = progress.add_task(solvers[0].name, total=sum(len(rows) for _, rows in tables) * len(seeds), row="")
+    return measure(tables, seeds, fine, lambda label: progress.update(task, advance=1, row=label))
 
 
 def _progress(console: Console) -> Progress:
@@ -63,7 +127,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _fine(target: Target, seeds: Sequence[int], progress: Progress) -> list[Tensor]:
-    if target.fine is None:
+    if target.fine is None or not seeds:
         return []
     solved = []
     task = progress.add_task("fine solution", total=len(seeds), row="")
@@ -74,21 +138,33 @@ def _fine(target: Target, seeds: Sequence[int], progress: Progress) -> list[Tens
     return solved
 
 
-def _show(target: Target, solver: Solver, found: list[Measured], out: Path, console: Console) -> dict[str, Any]:
-    n = sum(len(samples) for samples in found[0].samples)
-    real = target.floor(n) if target.floor is not None else None
+def _show(
+    entry: Entry, key: str, solver: Solver, found: list[Measured], plain: Measured | None, out: Path, console: Console
+) -> dict[str, Any]:
+    target, n = entry.target, sum(len(samples) for samples in found[0].samples)
+    real = {kind.name: floor(kind, n) for kind in target.real}
     said = report.verdict(solver.name, found)
+    title = f"{target.name}: {solver.name}" if entry.name else solver.name
     console.print()
-    console.print(report.table(solver.name, solver.steps, found, real, n))
+    console.print(report.table(title, solver.steps, found, real, n, plain))
+    if any(each.quality.frechet or each.quality.ssim for each in found):
+        console.print(quality_table(title, found, real, n, plain))
     for sentence in said:
         console.print(f"  {sentence}", highlight=False)
     for note in sorted({f"{each.row.label}: {note}" for each in found for note in each.notes}):
         console.print(f"  note, {note}", highlight=False)
-    name = re.sub(r"\W+", "-", solver.name.lower()).strip("-")
+    name = re.sub(r"\W+", "-", f"{entry.name} {key}".lower()).strip("-")
     steps = f", {solver.steps} steps" if solver.steps else ""
     pictures.sample_grid(
         target, f"{target.name}: {solver.name}{steps}, the same noise in each row", found, out / f"samples-{name}.png"
     )
     pictures.block_map(f"{solver.name}{steps}", found, out / f"map-{name}.png")
     pareto(f"{target.name}: {solver.name}{steps}", found, out / f"pareto-{name}.png")
-    return {"steps": solver.steps, "samples": n, "real": real, "verdict": said, "rows": report.as_json(found)}
+    rows = report.as_json(found, plain)
+    return {
+        "steps": solver.steps,
+        "samples": n,
+        "real": {name: list(each) for name, each in real.items()},
+        "verdict": said,
+        "rows": rows,
+    }

@@ -1,17 +1,19 @@
-"""The shipped target: a class-conditional DiT trained on Fashion-MNIST by ``training/image_dit.py``."""
+"""The image models: class-conditional DiTs trained on Fashion-MNIST, plain by ``training/image_dit.py``, and a Skip-DiT."""
 
 from __future__ import annotations
 
 import contextlib
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
-from safetensors.torch import load
 from torch import Tensor
 
+import cachekit
+from cachekit.demo.efficientnet import Efficientnet, available
 from cachekit.demo.frechet import Realism
+from cachekit.demo.stored import with_weights
 from cachekit.demo.target import Solver, Target
 
 CONFIG = {
@@ -36,12 +38,26 @@ def new_model() -> DiTTransformer2DModel:
     return DiTTransformer2DModel(**CONFIG).eval()
 
 
-def load_model() -> DiTTransformer2DModel:
-    """The trained DiT from the package's own weights (half precision on disk, float32 in memory)."""
-    raw = resources.files("cachekit.demo").joinpath("weights/fashion_dit.safetensors").read_bytes()
-    model = new_model()
-    model.load_state_dict({key: value.to(torch.float32) for key, value in load(raw).items()})
-    return model
+def load_model(weights: str | Path = "fashion_dit") -> DiTTransformer2DModel:
+    """The trained DiT from the package's own weights, or others of this shape.
+
+    Raises:
+        ConfigError: no such weights, or those of another model.
+    """
+    return with_weights(new_model(), weights)
+
+
+def load_skip_dit(weights: str | Path = "fashion_skip_dit", fusion: str = "paper") -> DiTTransformer2DModel:
+    """The Skip-DiT of the same shape, trained from scratch with the paper's fusions by ``training/image_skip_dit.py``.
+
+    Args:
+        weights: the package's own, or others that were trained with this fusion. Files do not say which one it was.
+        fusion: as in ``add_long_skips``.
+
+    Raises:
+        ConfigError: no such weights (this version of the package may come without), or those of another model.
+    """
+    return with_weights(cachekit.add_long_skips(new_model(), fusion=fusion, seed=0), weights)
 
 
 # Each solver on its best grid. Relative error to the fine solution on development seeds, at 50 steps: DDIM trailing .034,
@@ -69,24 +85,42 @@ def sample(model: Any, scheduler: Any, seed: int, steps: int, images: int) -> Te
     return x
 
 
-def target(images: int = 4) -> Target:
-    """The default of ``cachekit compare``.
+def target(images: int = 4, weights: str | Path = "fashion_dit") -> Target:
+    """The plain DiT, as ``cachekit compare`` shows it.
 
     Args:
         images: per noise seed.
+        weights: as in ``load_model``.
     """
-    model = load_model()
-    realism = Realism()
+    return target_of("a class-conditional DiT (8 blocks, Fashion-MNIST)", load_model(weights), images)
+
+
+def skip_target(images: int = 4, weights: str | Path = "fashion_skip_dit", fusion: str = "paper") -> Target:
+    """The Skip-DiT, from the same noise as the plain one."""
+    return target_of("a class-conditional Skip-DiT (8 blocks, Fashion-MNIST)", load_skip_dit(weights, fusion), images)
+
+
+def retrofit_target(images: int = 4, weights: str | Path = "fashion_retrofit") -> Target:
+    """The plain DiT after a retrofit with residual fusions (``training/image_retrofit.py``)."""
+    return target_of("a retrofitted Skip-DiT (8 blocks, Fashion-MNIST)", load_skip_dit(weights, "residual"), images)
+
+
+def control_target(images: int = 4, weights: str | Path = "fashion_control") -> Target:
+    """The plain DiT, trained on for as long as the retrofitted one."""
+    return target_of("a DiT, trained on (8 blocks, Fashion-MNIST)", load_model(weights), images)
+
+
+def target_of(name: str, model: DiTTransformer2DModel, images: int) -> Target:
+    """A target of a model of this shape."""
 
     def with_scheduler(scheduler: Any) -> Any:
         return lambda seed, steps: sample(model, scheduler, seed, steps, images)
 
     return Target(
-        "a class-conditional DiT (8 blocks, Fashion-MNIST)",
+        name,
         model,
         (Solver("DDIM", with_scheduler(ddim()), 50), Solver("DPM-Solver++(2M)", with_scheduler(dpm_solver()), 30)),
         fine=lambda seed: sample(model, dpm_solver(), seed, FINE_STEPS, images),
-        distance=realism.distance,
-        floor=realism.floor,
+        real=(Realism(), *([Efficientnet("efficientnet_fashion", "images")] if available() else [])),
         pixels=lambda x: x.clamp(-1, 1) / 2 + 0.5,
     )

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from importlib import resources
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load
 from torch import Tensor, nn
+
+from cachekit.demo.stored import stored_weights
 
 FEATURES = 16
 DRAWS = 50
+
+
+class Features(Protocol):
+    """What a Frechet distance is measured in.
+
+    Attributes:
+        name: as the tables show it.
+        real: features of real data that no model was trained on, (m, d).
+    """
+
+    name: str
+    real: NDArray[np.float64]
+
+    def features(self, samples: Tensor) -> NDArray[np.float64]:
+        """Samples (n, ...) as the solver returns them to features (n, d)."""
 
 
 def new_classifier() -> nn.Sequential:
@@ -38,26 +55,32 @@ class Realism:
     """
 
     def __init__(self) -> None:
-        stored = load(resources.files("cachekit.demo").joinpath("weights/features.safetensors").read_bytes())
-        self.real = stored.pop("real").double().numpy()
+        stored: Mapping[str, Tensor] = stored_weights("features")
+        self.name = "classifier"
+        self.real = stored["real"].double().numpy()
         self.classifier = new_classifier().eval()
-        self.classifier.load_state_dict({key: value.float() for key, value in stored.items()})
+        self.classifier.load_state_dict({key: value for key, value in stored.items() if key != "real"})
 
     @torch.inference_mode()
-    def features(self, images: Tensor) -> NDArray[np.float64]:
+    def features(self, samples: Tensor) -> NDArray[np.float64]:
         """Images (n, 1, 28, 28) in [-1, 1] to features (n, 16)."""
-        found: NDArray[np.float64] = self.classifier[:-1](images.clamp(-1, 1)).double().numpy()
+        found: NDArray[np.float64] = self.classifier[:-1](samples.clamp(-1, 1)).double().numpy()
         return found
 
-    def distance(self, images: Tensor) -> float:
-        """Frechet distance of images (n, 1, 28, 28) to all the real ones."""
-        return frechet(self.features(images), self.real)
 
-    def floor(self, n: int) -> tuple[float, float]:
-        """Mean and standard deviation of the distance of n real images, drawn at random, to all of them."""
-        rng = np.random.default_rng(0)
-        drawn = [frechet(self.real[rng.choice(len(self.real), n, replace=False)], self.real) for _ in range(DRAWS)]
-        return float(np.mean(drawn)), float(np.std(drawn))
+def distance(kind: Features, samples: Tensor) -> float:
+    """Frechet distance of samples (n, ...) to all the real data."""
+    return frechet(kind.features(samples), kind.real)
+
+
+def floor(kind: Features, n: int) -> tuple[float, float]:
+    """Mean and standard deviation of the distance of n real samples, drawn at random, to all of them.
+
+    Where there are fewer than n, they are drawn with replacement.
+    """
+    rng, m = np.random.default_rng(0), len(kind.real)
+    drawn = [frechet(kind.real[rng.choice(m, n, replace=n > m)], kind.real) for _ in range(DRAWS)]
+    return float(np.mean(drawn)), float(np.std(drawn))
 
 
 def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

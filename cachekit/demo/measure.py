@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import cachekit
+from cachekit.demo.quality import Quality, assess
 from cachekit.demo.rows import Row
 from cachekit.demo.target import Target
 from cachekit.stats import Record, Stats
@@ -27,9 +28,10 @@ class Measured:
         blocks_run, blocks_total: in one run; 0 where blocks were not counted (uncached rows that were never wrapped).
         bytes_peak: of stored tensors.
         records: of the last run's model calls.
-        errors, fine_errors: norm of the difference over the norm of the uncached, or of the fine, samples.
+        errors, fine_errors: norm of the difference over the norm of the uncached, or of the fine, samples (of the seeds that
+            have a fine solution).
         rival_errors: of fewer steps of the same solver in the same wall time, for cached rows.
-        distance: of all samples to real data.
+        quality: of all samples.
     """
 
     row: Row
@@ -43,7 +45,12 @@ class Measured:
     errors: list[float] = field(default_factory=list)
     fine_errors: list[float] = field(default_factory=list)
     rival_errors: list[float] = field(default_factory=list)
-    distance: float | None = None
+    quality: Quality = field(default_factory=Quality)
+
+    @property
+    def distance(self) -> float | None:
+        """Frechet distance of all samples to real data, in the first kind of features."""
+        return next((found.value for found in self.quality.frechet.values()), None)
 
     @property
     def time(self) -> float:
@@ -58,28 +65,33 @@ class Measured:
 
 
 def measure(
-    target: Target, rows: Sequence[Row], seeds: Sequence[int], fine: Sequence[Tensor], tick: Callable[[str], Any]
-) -> list[Measured]:
-    """Run every row on every seed.
+    tables: Sequence[tuple[Target, Sequence[Row]]],
+    seeds: Sequence[int],
+    fine: Sequence[Sequence[Tensor]],
+    tick: Callable[[str], Any],
+) -> list[list[Measured]]:
+    """Run every row of every target on every seed.
 
-    The rows take turns within a seed, each time starting with another one, so that a machine whose speed drifts slows all alike.
+    All rows take turns within a seed, each time starting with another one, so that a machine whose speed drifts slows all
+    alike, and times of different models may be compared.
 
     Args:
-        target: model and solvers.
-        rows: the first is the uncached one.
+        tables: targets with their rows; the first row of each is the uncached one.
         seeds: of the noise.
-        fine: the fine solution for each seed; empty where there is none.
+        fine: for each target the fine solutions of the first seeds, or of none.
         tick: told each run's label when it is over.
     """
-    found = [Measured(row) for row in rows]
+    found = [[Measured(row) for row in rows] for _, rows in tables]
+    jobs = [(target, each) for (target, _), rows in zip(tables, found, strict=True) for each in rows]
     with torch.inference_mode():
         for k, seed in enumerate(seeds):
-            turn = k * len(found) // len(seeds)
-            for each in found[turn:] + found[:turn]:
+            turn = k * len(jobs) // len(seeds)
+            for target, each in jobs[turn:] + jobs[:turn]:
                 _run(target, each, seed)
                 tick(each.row.label)
-    cachekit.unwrap(target.model)
-    _compare(target, found, fine)
+    for (target, _), rows, solutions in zip(tables, found, fine, strict=True):
+        cachekit.unwrap(target.model)
+        _compare(target, rows, solutions)
     return found
 
 
@@ -109,9 +121,9 @@ def _compare(target: Target, found: list[Measured], fine: Sequence[Tensor]) -> N
     uncached = found[0]
     for each in found:
         each.errors = [relative_error(a, b) for a, b in zip(each.samples, uncached.samples, strict=True)]
-        each.fine_errors = [relative_error(a, b) for a, b in zip(each.samples, fine, strict=True)] if fine else []
-        if target.distance is not None:
-            each.distance = target.distance(torch.cat(each.samples))
+        each.fine_errors = [relative_error(a, b) for a, b in zip(each.samples, fine, strict=False)]
+    for each, quality in zip(found, assess(target, [torch.cat(each.samples) for each in found]), strict=True):
+        each.quality = quality
     rivals = sorted((each for each in found if each.row.kind in ("uncached", "fewer")), key=lambda each: each.time)
     if len(rivals) < 2:
         return

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cachekit.demo.measure import Measured
 from cachekit.demo.target import Target
@@ -30,7 +31,7 @@ def sample_grid(target: Target, title: str, found: Sequence[Measured], path: Pat
     plt = pyplot()
     if target.pixels is None:
         return
-    rows = [target.pixels(torch.cat(each.samples)[:MOST_IMAGES]).numpy() for each in found]
+    rows = [_images(target.pixels(torch.cat(each.samples)[:MOST_IMAGES])).numpy() for each in found]
     labels = [_described(each, found[0]) for each in found]
     count, height, margin = len(rows[0]), 0.62, 0.3 + 0.073 * max(map(len, labels))
     figure = plt.figure(figsize=(margin + 0.1 + height * count, 0.6 + height * len(rows)), layout="none")
@@ -50,6 +51,11 @@ def sample_grid(target: Target, title: str, found: Sequence[Measured], path: Pat
 def _described(each: Measured, uncached: Measured) -> str:
     speed = f"{uncached.time / each.time:.2f}x"
     return f"{each.row.label}   {speed}" + (f"   error {np.mean(each.errors):.4f}" if each is not uncached else "")
+
+
+def _images(pixels: Tensor) -> Tensor:
+    """Of clips (n, channels, frames, height, width) the frame in the middle."""
+    return pixels if pixels.ndim == 4 else pixels[:, :, pixels.shape[2] // 2]
 
 
 def _joined(rows: list[NDArray[np.float32]]) -> NDArray[np.float32]:

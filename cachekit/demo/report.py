@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from cachekit.demo.measure import Measured
 
 # Speed-ups at which the best cache is named.
 LEVELS = (1.5, 2.0)
+
+# Of n real samples, for each kind of features: mean and standard deviation of the distance to all of them.
+Floors = Mapping[str, tuple[float, float]]
 
 
 def size(nbytes: int) -> str:
@@ -29,17 +32,20 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else f"{np.mean(values):.4f}"
 
 
-def table(solver: str, steps: int | None, found: Sequence[Measured], real: tuple[float, float] | None, n: int) -> Table:
+def table(solver: str, steps: int | None, found: Sequence[Measured], real: Floors, n: int, plain: Measured | None = None) -> Table:
     """One solver's rows.
 
     Args:
         solver, steps: of the uncached run.
         found: the uncached row first.
-        real: mean and spread of the distance of n real samples.
+        real: mean and spread of the distance of n real samples, for each kind of features.
         n: number of samples in each row.
+        plain: the uncached row of the model that speed-ups are given against as well.
     """
     made = Table(title=f"{solver}, {steps} steps" if steps else solver, caption=_caption(found, real, n), caption_justify="left")
-    columns = ["", "wall", "speed-up", "blocks run", "held", "error to uncached", "of fewer steps'", "error to fine", "Frechet"]
+    against = [] if plain is None else ["against plain"]
+    columns = ["", "wall", "speed-up", *against, "blocks run", "held", "error to uncached", "of fewer steps'", "error to fine"]
+    columns.append("Frechet")
     for k, column in enumerate(columns):
         made.add_column(column, justify="right" if k else "left", no_wrap=True)
     kind = "uncached"
@@ -51,6 +57,7 @@ def table(solver: str, steps: int | None, found: Sequence[Measured], real: tuple
             each.row.label,
             f"{each.time:.2f} s",
             f"{found[0].time / each.time:.2f}x",
+            *([] if plain is None else [f"{plain.time / each.time:.2f}x"]),
             f"{each.blocks_run} of {each.blocks_total}" if each.blocks_total else "all",
             size(each.bytes_peak) if kind == "cached" else "",
             "" if each is found[0] else spread(each.errors),
@@ -61,14 +68,14 @@ def table(solver: str, steps: int | None, found: Sequence[Measured], real: tuple
     return made
 
 
-def _caption(found: Sequence[Measured], real: tuple[float, float] | None, n: int) -> str:
+def _caption(found: Sequence[Measured], real: Floors, n: int) -> str:
     lines = [
         f"Wall: median of {len(found[0].seconds)} runs in turn. Errors: relative, mean ± standard deviation over the seeds.",
         "of fewer steps': the error over that of fewer steps of the same solver in the same wall time; below 1 the cache wins.",
     ]
-    if real is not None:
+    for mean, deviation in list(real.values())[:1]:
         lines.append(
-            f"Frechet: of {n} samples' features to real images'; {n} real images themselves give {real[0]:.2f} ± {real[1]:.2f}."
+            f"Frechet: of {n} samples' features to real images'; {n} real images themselves give {mean:.2f} ± {deviation:.2f}."
         )
     return "\n".join(lines)
 
@@ -117,7 +124,7 @@ def _to_fine(each: Measured) -> float:
     return float(np.mean(each.fine_errors))
 
 
-def as_json(found: Sequence[Measured]) -> list[dict[str, Any]]:
+def as_json(found: Sequence[Measured], plain: Measured | None = None) -> list[dict[str, Any]]:
     """Every row with its numbers for each seed."""
     rows = []
     for each in found:
@@ -129,6 +136,7 @@ def as_json(found: Sequence[Measured]) -> list[dict[str, Any]]:
                 "steps": each.row.steps,
                 "seconds": each.seconds,
                 "speedup": found[0].time / each.time,
+                **({} if plain is None else {"speedup_against_plain": plain.time / each.time}),
                 "blocks_run": each.blocks_run,
                 "blocks_total": each.blocks_total,
                 "bytes_held": each.bytes_peak,
@@ -136,6 +144,7 @@ def as_json(found: Sequence[Measured]) -> list[dict[str, Any]]:
                 "errors_of_fewer_steps_in_the_same_time": each.rival_errors,
                 "errors_to_fine": each.fine_errors,
                 "frechet": each.distance,
+                "quality": each.quality.as_json(),
                 "recomputed": [list(record.recomputed) for record in each.records],
                 "notes": each.notes,
             }

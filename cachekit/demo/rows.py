@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,3 +73,22 @@ def rows_for(target: Target, solver: Solver, policies: tuple[str, ...]) -> list[
             counts = [max(1, round(share * solver.steps)) for share in SHARES_BETTER]
             rows += [Row(f"{better.name}, {steps} steps", "better", better, steps) for steps in counts]
     return rows + [parse_cached(text, solver) for text in policies]
+
+
+def rows_of(names: Sequence[str], policies: Sequence[str]) -> list[tuple[str, ...]]:
+    """The policies of each target: those without a name, and those behind its own, as in ``"skip-dit=skip-every-2@skip-1"``.
+
+    Raises:
+        ConfigError: a policy for a target that is not compared, or the same target twice.
+    """
+    if len(set(names)) < len(names):
+        raise ConfigError(f"targets {', '.join(names)}: give each once")
+    found: list[list[str]] = [[] for _ in names]
+    for text in policies:
+        name, equals, policy = text.rpartition("=")
+        if equals and name.strip() not in names:
+            raise ConfigError(f"{text!r} is for a target {name.strip()!r}; there are {', '.join(names)}")
+        for k, target in enumerate(names):
+            if not equals or target == name.strip():
+                found[k].append(policy)
+    return [tuple(rows) for rows in found]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cachekit.demo.frechet import Features
 from cachekit.errors import ConfigError
 
 
@@ -43,32 +44,36 @@ class Target:
         model: what is wrapped.
         solvers: a table each. From the second on they are better ones, which stand in the first one's table as well.
         fine: ``fine(seed)`` returns a fine solution of the ODE that the solvers solve, from the same noise.
-        distance: from samples (n, ...) to one number: how far they are from real data.
-        floor: ``floor(n)`` returns what ``distance`` gives for n real samples on average, and the spread of that.
-        pixels: from samples (n, ...) to images (n, channels, height, width) in 0 ... 1, for the pictures.
+        real: features of real data, one kind or several, in which Frechet distances are measured.
+        pixels: from samples (n, ...) to images (n, channels, height, width), or clips (n, channels, frames, height, width), in
+            0 ... 1, for the pictures, PSNR and SSIM.
     """
 
     name: str
     model: nn.Module
     solvers: tuple[Solver, ...]
     fine: Callable[[int], Tensor] | None = None
-    distance: Callable[[Tensor], float] | None = None
-    floor: Callable[[int], tuple[float, float]] | None = None
+    real: tuple[Features, ...] = ()
     pixels: Callable[[Tensor], Tensor] | None = None
 
 
-def load_target(where: str) -> Target:
+def load_target(where: str, names: tuple[str, ...] = ()) -> Target:
     """The target that ``package.module:factory`` makes.
 
     The factory returns a ``Target``, or (model, sample) with ``sample(seed, steps=50)``: its default is the full number of
     steps. A module in the current folder is found.
+
+    Args:
+        where: the factory.
+        names: of targets that need no factory, for the message.
 
     Raises:
         ConfigError: no such module or factory, or it returns something else.
     """
     module_name, _, attribute = where.partition(":")
     if not module_name or not attribute:
-        raise ConfigError(f"target {where!r}: write package.module:factory, for example my_pipeline:target")
+        known = f", or one of {', '.join(names)}" if names else ""
+        raise ConfigError(f"target {where!r}: write package.module:factory, for example my_pipeline:target{known}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
