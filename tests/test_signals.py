@@ -74,7 +74,7 @@ def test_numbers_of_a_comparison(now: list[float], then: list[float]) -> None:
     """Each is a loop over the elements, in float64, and costs one reading however often it is read."""
     read: list[Tensor] = []
     value, reference = torch.tensor(now, dtype=torch.float64), torch.tensor(then, dtype=torch.float64)
-    compared = Comparison(value, reference, read.append)
+    compared = Comparison(Compared(value, reference, Samples(1, 1), read.append))
     differences = [abs(a - b) for a, b in zip(now, then, strict=True)]
     assert compared.difference == pytest.approx(sum(differences) / 3)
     assert compared.size == pytest.approx(sum(map(abs, now)) / 3)
@@ -92,7 +92,7 @@ def test_numbers_of_a_comparison(now: list[float], then: list[float]) -> None:
 
 @pytest.mark.parametrize("pair", ((None, torch.ones(2)), (torch.ones(2), None), (torch.ones(2), torch.ones(3))))
 def test_what_is_missing_or_of_another_shape_is_infinitely_far(pair: tuple[Any, Any]) -> None:
-    compared = Comparison(*pair, lambda number: None)
+    compared = Comparison(Compared(*pair, Samples(1, 1), lambda number: None))
     assert compared.relative == compared.difference == compared.elementwise == compared.euclidean == inf
     assert compared.size == (inf if pair[0] is None else 1.0)
 
