@@ -26,6 +26,8 @@ from cachekit import Comparison, Signal
 from cachekit.decisions import Decisions
 from cachekit.policies import accumulated, at_most
 from cachekit.policy import Policy, Preset, Step
+from cachekit.samples import Samples
+from cachekit.signals import Compared
 
 TIMES = tuple(float(t) for t in range(950, 100, -70))
 
@@ -45,7 +47,7 @@ def recomputed(model: Any, case: Case, times: Sequence[float] = TIMES, block: in
 
 
 def tea(threshold: float = 0.3) -> Preset:
-    return Preset(accumulated(threshold), segments="all", reuse="residual")
+    return Preset(accumulated(threshold, pooled=True), segments="all", reuse="residual")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Noting(Policy[None]):
         return step.i % 2 == 0
 
     def update(self, state: None, step: Step, recomputed: bool) -> None:
-        found = {signal: step.signal(signal) for signal in self.watched}
+        found = {signal: step.pooled.signal(signal) for signal in self.watched}
         self.seen.append({signal: (c.relative, c.difference, c.size) for signal, c in found.items()})
 
     def required(self) -> frozenset[str | Signal]:
