@@ -84,7 +84,11 @@ class Compared:
             formula: takes tensors (..., n) to numbers (...).
         """
         if (name, pooled) not in self._numbers:
-            numbers = formula(*(self.samples.arranged(tensor, pooled) for tensor in tensors)).amax(1)
+            if pooled and self.samples.count == 1:
+                # The same sum of all numbers as in the authors' code, to the last bit: thresholds may lie close.
+                numbers = formula(*(tensor.reshape(-1) for tensor in tensors)).reshape(1)
+            else:
+                numbers = formula(*(self.samples.arranged(tensor, pooled) for tensor in tensors)).amax(1)
             self._count(numbers)
             self._numbers[name, pooled] = numbers.expand(self.samples.count).tolist()
         return self._numbers[name, pooled][g]

@@ -18,7 +18,7 @@ MODULES = ("attn", "mlp", "modules", cachekit.Segment(1, 3, modules=("attn", "ml
 
 
 @pytest.mark.parametrize("case", (DIT, LATTE, HUNYUAN_DIT, FLUX), ids=str)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(batches, st.sampled_from(MODULES), st.sampled_from(("output", "taylor-1")), st.data())
 def test_modules_within_blocks(case: Case, batch: tuple[int, int], where: Any, reuse: str, data: st.DataObject) -> None:
     """Attention and MLPs of blocks that run for everyone."""
@@ -71,7 +71,7 @@ METHODS = (
 @pytest.mark.parametrize("passes", (1, 2))
 def test_published_methods(method: Any, passes: int) -> None:
     """On each image, or on each pair of guidance, what the authors have for a whole batch."""
-    count = 3
+    count = 2
     ours = cachekit.wrap(WAN.build().double(), method, per_sample=passes)
     found = of_architecture(WAN, ours, lambda given: given, count * passes, SCHEDULE)
     theirs = []

@@ -155,7 +155,7 @@ def test_any_signal_accumulates(case: Case, signal: Any, threshold: float, start
     samples = [case.sample(t, start=times[0]) for t in times] if signal == "sample" else None
     held = Range(start, 6, Added(threshold, samples))
     expected = run(case, case.build(), times, [held])
-    model = cachekit.wrap(case.build(), accumulated(threshold, signal=signal), segments=(start, 6), reuse="residual")
+    model = cachekit.wrap(case.build(), accumulated(threshold, signal=signal, pooled=True), segments=(start, 6), reuse="residual")
     with model.cachekit.session(), model.cachekit.branch("only"):
         found = generate(model, case, times)
     assert [record.recomputed[start] for record in model.cachekit.stats.records] == held.recomputed
