@@ -286,3 +286,11 @@ def test_what_per_sample_can_be(per_sample: Any) -> None:
 def test_the_prediction_or_its_blocks() -> None:
     with pytest.raises(cachekit.ConfigError, match="not on both at once"):
         cachekit.wrap(DIT.build(), every(2), segments=["model", (1, 3)], per_sample=True)
+
+
+@pytest.mark.parametrize(
+    "given_", ({"policy": "error-budget-0.1"}, {"policy": every(2), "audit_every": 2}), ids=("estimate", "audit")
+)
+def test_what_is_made_for_a_whole_batch(given_: dict[str, Any]) -> None:
+    with pytest.raises(cachekit.ConfigError, match="made for a whole batch"):
+        cachekit.wrap(DIT.build(), **given_, per_sample=True)
