@@ -10,10 +10,13 @@ from torch import Tensor
 from cachekit import module_store
 from cachekit.decisions import Decisions
 from cachekit.graph import Graph, Visit, has_signature, signature
+from cachekit.module_store import Entering
 from cachekit.segments import Action, Layout
 from cachekit.tree import Path, arguments, get, pick, replaced, tensors
 
 Original = Callable[..., Any]
+# Positional and keyword arguments.
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class GraphChanged(BaseException):
@@ -52,6 +55,8 @@ class KnownCall(PlainCall):
         self._entering: dict[int, dict[Path, Tensor]] = {}
         self._returned: dict[Path, tuple[Tensor, int | None]] = {}
         self._called = 0
+        # Whether a block is running on a part of the batch. Its modules are no sites: it is one itself.
+        self.in_part = False
 
     def visit(self, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block, or return in its place.
@@ -70,7 +75,7 @@ class KnownCall(PlainCall):
         self._before(v, visit, action, runs, args, kwargs)
         if runs:
             self._called = 0
-            result = super().visit(block, original, args, kwargs)
+            result = self.run(v, block, original, args, kwargs)
             if self._called != len(visit.modules):
                 raise GraphChanged("another sequence of modules")
             self._store(v, action, result)
@@ -85,6 +90,16 @@ class KnownCall(PlainCall):
         self._returned = {path: (tensor, _version(tensor)) for path, tensor in tensors(result)}
         return result
 
+    def run(self, v: int, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block of visit v."""
+        return super().visit(block, original, args, kwargs)
+
+    def run_module(
+        self, at: tuple[int, int], k: int, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any], entering: Entering
+    ) -> Any:
+        """Run a module of segment k: at which visit, and which of its calls."""
+        return super().module(self.graph.visits[at[0]].modules[at[1]].name, original, args, kwargs)
+
     def module(self, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module of the block that is being visited, or return in its place.
 
@@ -97,6 +112,8 @@ class KnownCall(PlainCall):
         if n >= len(known) or known[n].name != name:
             raise GraphChanged("another sequence of modules")
         seen, k = known[n], self.layout.modules[v][n]
+        if self.in_part:
+            return super().module(name, original, args, kwargs)
         if tuple((path, signature(tensor)) for path, tensor in arguments(args, kwargs)) != seen.inputs:
             raise GraphChanged("another shape, dtype or device")
         if k is None:
@@ -106,7 +123,7 @@ class KnownCall(PlainCall):
         if not runs:
             self.modules.append(False)
             return module_store.instead(self.decisions, k, (v, n), seen, args, kwargs, entering)
-        result = super().module(name, original, args, kwargs)
+        result = self.run_module((v, n), k, original, args, kwargs, entering)
         if tuple((path, signature(tensor)) for path, tensor in tensors(result)) != seen.returned:
             raise GraphChanged("a module that returns something else")
         module_store.keep(self.decisions, k, (v, n), seen, result, entering)

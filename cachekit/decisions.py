@@ -14,9 +14,10 @@ from cachekit.estimates import Miss, forecast_error
 from cachekit.peek import Peeker
 from cachekit.policy import Step
 from cachekit.reuse import History
+from cachekit.samples import Part, Samples
 from cachekit.segments import Site, Span
 from cachekit.session import Branch, Key
-from cachekit.signals import LACKING, PROBES, Comparison, Of, Signal
+from cachekit.signals import LACKING, PROBES, Compared, Comparison, Of, Signal
 from cachekit.tree import Path, tensors
 
 
@@ -27,11 +28,20 @@ class Decisions:
         made: segment -> whether it is recomputed, as far as it was asked for.
         returned: copies of what was reused (blocks may write into theirs), for an audit to compare with; None where there is none.
         shown: what the call has shown of what policies look at: by span for blocks, by name for everything else.
+        shares, module_shares: visit, or number of a module's call -> for which share of the batch it ran, where not all or none.
         waits: device synchronisations so far.
     """
 
     def __init__(
-        self, branch: Branch, sites: tuple[Site, ...], step: Step, peeker: Peeker, *, audited: bool = False, auditing: bool = False
+        self,
+        branch: Branch,
+        sites: tuple[Site, ...],
+        step: Step,
+        peeker: Peeker,
+        samples: Samples | None = None,
+        *,
+        audited: bool = False,
+        auditing: bool = False,
     ) -> None:
         self.branch, self.sites, self.step, self.peeker = branch, sites, step, peeker
         self.returned: dict[Key, Tensor] | None = {} if audited else None
@@ -39,10 +49,14 @@ class Decisions:
         self.estimated = {k for k, site in enumerate(sites) if auditing or "estimate" in site.policy.required()}
         self.misses: dict[int, Miss] = {}
         self._estimates: dict[int, float] = {}
+        # One decision for the batch: all of its items are passes of a single sample.
+        self.samples = samples or Samples(1, branch.batch)
         self.waits = 0
         self.made: dict[int, bool] = {}
+        self.shares: dict[int, float] = {}
+        self.module_shares: dict[int, float] = {}
         self.shown: dict[Span | str, Tensor] = {}
-        self._compared: dict[tuple[int, Signal], Comparison] = {}
+        self._compared: dict[tuple[int, Signal], Compared] = {}
         if self.looks_at("sample") and branch.inputs.sample is not None:
             # A copy, since the model may write into it.
             self.shown["sample"] = branch.inputs.sample.detach().clone()
@@ -79,11 +93,18 @@ class Decisions:
             if chosen is not None:
                 self.shown["prediction"] = chosen.detach().clone()
 
-    def _seen_by(self, k: int) -> Step:
-        estimated = functools.partial(self._estimate, k) if k in self.estimated else None
-        return dataclasses.replace(self.step, look=functools.partial(self._compare, k), estimated=estimated)
+    def part(self, k: int) -> Part | None:
+        """The samples for which segment k is computed in this call; None where that is all of them, or none."""
+        return None
 
-    def _compare(self, k: int, signal: Signal) -> Comparison:
+    def _seen_by(self, k: int, g: int = 0, pooled: bool = False) -> Step:
+        """What segment k's policy sees of sample g."""
+        together = None if pooled else functools.partial(self._seen_by, k, g, True)
+        estimated = functools.partial(self._estimate, k) if k in self.estimated else None
+        look = functools.partial(self._compare, k, g, pooled)
+        return dataclasses.replace(self.step, look=look, together=together, estimated=estimated)
+
+    def _compare(self, k: int, g: int, pooled: bool, signal: Signal) -> Comparison:
         if signal not in self.sites[k].signals:
             raise ConfigError(f"{signal} is read, but not declared; add it to the policy's needs")
         if signal.of in PROBES and (self.branch.layout is None or not self.branch.layout.firsts[k]):
@@ -91,15 +112,15 @@ class Decisions:
         compared = self._compared.get((k, signal))
         # What the call had not shown yet when it was asked for, it may have by now.
         if compared is None or compared.value is None:
-            self._compared[k, signal] = compared = Comparison(*self._pair(k, signal), self._count)
-        return compared
+            self._compared[k, signal] = compared = Compared(*self._pair(k, signal), self.samples, self._count)
+        return Comparison(compared, g, pooled)
 
     def _pair(self, k: int, signal: Signal) -> tuple[Tensor | None, Tensor | None]:
         now = self._now(k, signal.of)
         if signal.of != "check":
             return now, self.branch.references.get((k, signal))
         span = self._span(k, signal.of)
-        known = now is not None and span is not None and (k, span.end, span.leaves) in self.branch.store
+        known = now is not None and span is not None and self.newest(k, span.end, span.leaves) is not None
         return (self._value(k, span.end, span.leaves, None) if known and span is not None else None), now
 
     def _span(self, k: int, of: Of) -> Span | None:
@@ -119,14 +140,22 @@ class Decisions:
             self.branch.states[k] = policy.update(self.branch.states[k], step, recomputed)
             if k in self.misses:
                 self.branch.misses[k] = self.misses[k]
-            for signal in self.sites[k].signals:
-                now, span = self._now(k, signal.of), self._span(k, signal.of)
-                if now is None or not (recomputed or signal.since == "step"):
-                    continue
-                if signal.of != "check":
-                    self.branch.references[k, signal] = now
-                elif recomputed and span is not None:
-                    self.keep(k, span.end, span.leaves, now, None)
+            self._remember(k, recomputed)
+
+    def _remember(self, k: int, recomputed: bool) -> None:
+        """Keep what the signals of segment k will be compared with."""
+        for signal in self.sites[k].signals:
+            now, span = self._now(k, signal.of), self._span(k, signal.of)
+            if now is None or not (recomputed or signal.since == "step"):
+                continue
+            if signal.of != "check":
+                self.branch.references[k, signal] = self.reference(k, signal, now)
+            elif recomputed and span is not None:
+                self.keep(k, span.end, span.leaves, now, None)
+
+    def reference(self, k: int, signal: Signal, now: Tensor) -> Tensor:
+        """What a signal will be compared with, after a call that showed this."""
+        return now
 
     def _is_check(self, k: int, v: int) -> bool:
         """Whether a stored value is not one that the segment reuses, but one that a policy compares with."""
@@ -152,10 +181,15 @@ class Decisions:
         reuse, value = self.sites[k].reuse, value.detach()
         # A tensor of our own: the model may write into its one afterwards.
         kept = value - reuse.beta * entry if entry is not None and value.is_floating_point() else value.clone()
-        history, now = self.branch.store.setdefault((k, v, path), History()), reuse.time(self.step)
-        if k in self.estimated and history.entries and history.entries[0][0] != now and not self._is_check(k, v):
+        now = reuse.time(self.step)
+        history = self.branch.store.get((k, v, path))
+        if history is not None and k in self.estimated and history.entries[0][0] != now and not self._is_check(k, v):
             self.misses.setdefault(k, Miss(abs(now - history.entries[0][0]))).add(history, now, reuse, kept, value)
-        history.push(now, kept, reuse.length)
+        self.store(k, v, path, now, kept)
+
+    def store(self, k: int, v: int, path: Path, t: float, value: Tensor) -> None:
+        """Remember a value, a tensor of our own."""
+        self.branch.store.setdefault((k, v, path), History()).push(t, value, self.sites[k].reuse.length)
 
     def forecast(self, k: int, v: int, path: Path, entry: Tensor | None) -> Tensor:
         """What segment k returns there instead of computing it."""
@@ -166,5 +200,14 @@ class Decisions:
 
     def _value(self, k: int, v: int, path: Path, entry: Tensor | None) -> Tensor:
         reuse = self.sites[k].reuse
-        value = self.branch.store[k, v, path].value(reuse.time(self.step), reuse)
+        value = self.stored(k, v, path, reuse.time(self.step))
         return value.add_(entry, alpha=reuse.beta) if entry is not None and value.is_floating_point() else value
+
+    def stored(self, k: int, v: int, path: Path, t: float) -> Tensor:
+        """What the history of a value says of it at t, as a tensor of its own."""
+        return self.branch.store[k, v, path].value(t, self.sites[k].reuse)
+
+    def newest(self, k: int, v: int, path: Path) -> Tensor | None:
+        """The last of what is stored of a value."""
+        history = self.branch.store.get((k, v, path))
+        return history.entries[0][1] if history is not None else None

@@ -12,18 +12,22 @@ import torch
 from torch import nn
 
 from cachekit.adapter import Adapter
+from cachekit.alone import MeasuredCall
 from cachekit.audit import WRITES, Auditor, Shadow, ShadowCall, audit
-from cachekit.call import GraphChanged, KnownCall, Original, PlainCall
+from cachekit.call import Given, GraphChanged, KnownCall, Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ModelError
 from cachekit.inputs import Inputs, Reader
 from cachekit.interceptors import WHOLE, Interceptors
 from cachekit.lanes import Lanes
 from cachekit.peek import Peeker
+from cachekit.sample_decisions import SampleDecisions, decisions_for
 from cachekit.segments import Site
-from cachekit.session import Generation, Lane, Name, Placed, step_of
+from cachekit.session import Branch, Generation, Lane, Name, Placed, step_of
 from cachekit.stats import Record, Stats
+from cachekit.sub_batch import known_call, run_part
 from cachekit.tree import tensors
+from cachekit.trial import Trial
 from cachekit.watched import WatchedCall
 from cachekit.whole import store_prediction, whole_prediction
 
@@ -41,9 +45,13 @@ class _Local(threading.local):
 class Engine:
     """The state of one wrapped model. Tensors live in its lanes only; a copy of the model starts without any."""
 
-    def __init__(self, model: nn.Module, sites: tuple[Site, ...], adapter: Adapter, audit_every: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, sites: tuple[Site, ...], adapter: Adapter, audit_every: int | None = None, passes: int = 0
+    ) -> None:
         self.model, self.sites, self.adapter = model, sites, adapter
         self.auditor = Auditor(audit_every)
+        # Of guidance in one batch, where each sample is decided on by itself; 0 where one decision holds for the batch.
+        self.passes = passes
         self.stats = Stats()
         self.interceptors = Interceptors()
         self.removed = False
@@ -160,19 +168,20 @@ class Engine:
         step = step_of(branch, generation, self.adapter.range)
         shadow, auditing = self.auditor.shadow(self.model, branch, args, kwargs), self.auditor.on
         sites, audited = branch.sites or self.sites, shadow is not None
-        decisions = Decisions(branch, sites, step, self.peeker, audited=audited, auditing=auditing)
+        decisions = decisions_for(branch, sites, step, self.peeker, self.passes, self.note, audited=audited, auditing=auditing)
         try:
             ran, result = self._run(decisions, original, args, kwargs)
         except GraphChanged as change:
             with self._lock:
                 self.stats.dropped[str(change)] += 1
             branch.drop()
-            decisions = Decisions(branch, self.sites, step, self.peeker, auditing=auditing)
+            decisions = decisions_for(branch, self.sites, step, self.peeker, self.passes, self.note, auditing=auditing)
             ran, result = self._run(decisions, original, args, kwargs)
         decisions.show_prediction(result)
         decisions.close()
+        shares = _shares(ran[0], decisions.shares), _shares(ran[1], decisions.module_shares)
         with self._lock:
-            self.stats.count(Record(branch.i, branch.t, branch.name.text, *ran), decisions.waits)
+            self.stats.count(Record(branch.i, branch.t, branch.name.text, *ran, *shares), decisions.waits)
         self.lanes.count_bytes(lane)
         if not all(decisions.made.values()):
             branch.reused += 1
@@ -185,7 +194,7 @@ class Engine:
         call, found = ShadowCall(decisions), None
         try:
             with shadow.untouched():
-                full = self._under(call, original, shadow.args, shadow.kwargs)
+                full = self._under(call, (shadow.args, shadow.kwargs), original)
             found = audit(decisions, call, output, full)
         except Exception as error:
             self.note(f"an audit failed: {type(error).__name__}: {error}")
@@ -199,17 +208,13 @@ class Engine:
         branch, whole = decisions.branch, decisions.whole
         if branch.blocks is not None and whole and not decisions.recompute(whole[0]):
             return ((False,) * len(branch.blocks), ()), whole_prediction(decisions, whole[0])
-        call = self._call(decisions)
         sample = branch.inputs.sample
         entry = sample.detach().clone() if sample is not None and any(decisions.sites[k].reuse.beta for k in whole) else None
-        with self.auditor.watching(self.model, not isinstance(call, KnownCall)):
-            result = self._under(call, original, args, kwargs)
-        if self.auditor.writes:
-            self.note(WRITES)
-        if isinstance(call, KnownCall):
-            call.finish()
-        elif isinstance(call, WatchedCall) and not self.removed:
-            self._close(call)
+        part = decisions.part(whole[0]) if branch.blocks is not None and whole else None
+        if part is None:
+            call, result = self._run_all(decisions, original, (args, kwargs))
+        else:
+            call, result = run_part(decisions, whole[0], part, functools.partial(self._under, original=original), (args, kwargs))
         if branch.blocks is not None and call.blocks != branch.blocks:
             raise GraphChanged("another sequence of blocks")
         branch.blocks = call.blocks
@@ -218,17 +223,44 @@ class Engine:
             store_prediction(decisions, k, result, entry)
         return (tuple(call.recomputed), tuple(call.modules)), result
 
-    def _call(self, decisions: Decisions) -> PlainCall:
+    def _run_all(self, decisions: Decisions, original: Original, given: Given) -> tuple[PlainCall, Any]:
+        """Run the model on the whole batch; segments of its blocks may be reused, or run for some samples."""
+        branch = decisions.branch
+        trial = None
+        if branch.blocks is None:
+            self.attach()
+            trial = Trial(decisions.sampled, self.sites, given) if isinstance(decisions, SampleDecisions) else None
+        call = self._call(decisions, trial)
+        with self.auditor.watching(self.model, not isinstance(call, KnownCall)):
+            result = self._under(call, given, original)
+        if self.auditor.writes:
+            self.note(WRITES)
+        if isinstance(call, KnownCall):
+            call.finish()
+        elif isinstance(call, WatchedCall) and not self.removed:
+            self._close(call)
+        if trial is not None and not self.removed:
+            self._try(trial, branch, call, result, original)
+        return call, result
+
+    def _call(self, decisions: Decisions, trial: Trial | None) -> PlainCall:
         """What the blocks of a call go through."""
         branch = decisions.branch
         if branch.graph is not None and branch.layout is not None:
-            return KnownCall(branch.graph, branch.layout, decisions)
-        if branch.blocks is None:
-            self.attach()
+            return known_call(branch.graph, branch.layout, decisions)
         # The whole prediction asks nothing of the blocks.
         if all(site.segment.is_model for site in self.sites):
             return PlainCall()
-        return WatchedCall(decisions, self.adapter, self.interceptors)
+        given = decisions, self.adapter, self.interceptors
+        return WatchedCall(*given) if trial is None else MeasuredCall(*given, part=trial.part)
+
+    def _try(self, trial: Trial, branch: Branch, call: PlainCall, result: Any, original: Original) -> None:
+        """Find out how a part of the batch can be run."""
+        reason = trial.run(branch, call, result, functools.partial(self._under, original=original))
+        if reason is not None:
+            self.note(f"one decision for a whole batch: {reason}")
+        with self._lock:
+            self.stats.tried(len(trial.alone.recomputed), len(trial.alone.modules), trial.part.share, trial.waits)
 
     def _close(self, call: WatchedCall) -> None:
         """Note what the first call of a branch shows of the model."""
@@ -240,8 +272,9 @@ class Engine:
             self.stats.notes.update(branch.layout.notes(branch.graph, branch.sites))
             self.stats.notes.update(self.interceptors.notes(branch.graph))
 
-    def _under(self, call: PlainCall, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _under(self, call: PlainCall, given: Given, original: Original) -> Any:
         self._local.call = call
+        args, kwargs = given
         try:
             return original(*args, **kwargs)
         finally:
@@ -253,7 +286,7 @@ class Engine:
         """Run one call in full, count it, and leave nothing that a later step could take for its predecessor's."""
         self.lanes.empty(lane)
         call = PlainCall()
-        result = self._under(call, original, args, kwargs)
+        result = self._under(call, (args, kwargs), original)
         t = float("nan") if inputs.t is None else inputs.t
         with self._lock:
             self.stats.uncached[reason] += 1
@@ -275,3 +308,7 @@ class Engine:
         for need in {need for site in self.sites for need in site.policy.required() if not known.get(need, True)}:
             what = "the number of steps is not" if need == "steps" else "neither the number of steps nor the timesteps' range is"
             self.note(f"a policy that counts from the end was off: {what} known; sample within model.cachekit.session(steps=...)")
+
+
+def _shares(ran: tuple[bool, ...], shares: dict[int, float]) -> tuple[float, ...]:
+    return tuple(shares.get(n, float(run)) for n, run in enumerate(ran)) if shares else ()

@@ -46,6 +46,15 @@ class Step:
     branch: str = ""
     look: Callable[[Signal], Comparison] | None = field(default=None, repr=False, compare=False)
     estimated: Callable[[], float] | None = field(default=None, repr=False, compare=False)
+    together: Callable[[], Step] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def pooled(self) -> Step:
+        """This step with the means of signals over the whole batch, as most authors' code has them, not the largest sample's.
+
+        Where each sample is decided on by itself, both are its own.
+        """
+        return self if self.together is None else self.together()
 
     def signal(self, signal: Signal) -> Comparison:
         """What the model shows in this call against what it showed before. Reading a number of it may wait for the device.
@@ -78,7 +87,8 @@ class Step:
     def change(self) -> float:
         """Mean absolute change of the probe block's residual since the last recompute, relative to it.
 
-        The probe block is the one before the segment. Reading it costs one device synchronisation.
+        The probe block is the one before the segment. In a batch it is the change of the sample that changed most. Reading it
+        costs one device synchronisation.
 
         Raises:
             ConfigError: the segment has no block before it (``"all"``, ``"model"``), or there is no model (``plan``).

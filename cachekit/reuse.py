@@ -116,6 +116,21 @@ class Forecast:
         return lagrange(times[: order + 1], t)
 
 
+def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The sum of floating-point values with these weights, in their dtype, always a tensor of its own."""
+    used = [(weight, value) for weight, value in zip(weights, values, strict=False) if weight != 0.0]
+    if len(used) == 1 and used[0][0] == 1.0:
+        return used[0][1].clone()
+    # Weights of both signs cancel: in half precision each product's rounding would be of the size of the change.
+    wide = torch.promote_types(values[0].dtype, torch.float32)
+    if not used:
+        return torch.zeros_like(values[0])
+    total = used[0][1].to(wide) * used[0][0]
+    for weight, value in used[1:]:
+        total.add_(value, alpha=weight)
+    return total.to(values[0].dtype)
+
+
 @dataclass
 class History:
     """The last few values of one tensor: (time on the forecast's axis, value), newest first."""
@@ -139,18 +154,7 @@ class History:
 
     def combined(self, weights: Sequence[float]) -> Tensor:
         """The weighted sum of the values, newest first, as a tensor of its own."""
-        newest = self.entries[0][1]
-        used = [(weight, value) for weight, (_, value) in zip(weights, self.entries, strict=False) if weight != 0.0]
-        if len(used) == 1 and used[0][0] == 1.0:
-            return used[0][1].clone()
-        # Weights of both signs cancel: in half precision each product's rounding would be of the size of the change.
-        wide = torch.promote_types(newest.dtype, torch.float32)
-        if not used:
-            return torch.zeros_like(newest)
-        total = used[0][1].to(wide) * used[0][0]
-        for weight, value in used[1:]:
-            total.add_(value, alpha=weight)
-        return total.to(newest.dtype)
+        return weighted(weights, [value for _, value in self.entries])
 
     @property
     def nbytes(self) -> int:

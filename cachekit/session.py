@@ -13,6 +13,7 @@ from cachekit.graph import Graph
 from cachekit.inputs import Inputs
 from cachekit.policy import Step
 from cachekit.reuse import History
+from cachekit.sampled import Sampled
 from cachekit.segments import Layout, Site
 from cachekit.signals import Signal
 from cachekit.trajectory import AGAIN, Comparer, Trace
@@ -55,11 +56,18 @@ class Branch:
     misses: dict[int, Miss] = field(default_factory=dict)
     ready: set[int] = field(default_factory=set)
     states: list[Any] = field(default_factory=list)
+    sampled: Sampled | None = None
 
     @property
     def t(self) -> float:
         """Timestep of the last call."""
         return 0.0 if self.inputs.t is None else self.inputs.t
+
+    @property
+    def batch(self) -> int:
+        """Number of items in the batch: rows of the noisy sample."""
+        sample = self.inputs.sample
+        return sample.size(0) if sample is not None and sample.ndim else 1
 
     def fits(self, inputs: Inputs, name: Name, comparer: Comparer) -> bool:
         """Whether a call has this branch's shapes and conditioning, or its name."""
@@ -83,11 +91,14 @@ class Branch:
         self.graph = self.layout = self.blocks = self.structure = None
         self.sites = ()
         self.store, self.references, self.misses, self.ready = {}, {}, {}, set()
+        if self.sampled is not None:
+            self.sampled.drop()
 
     @property
     def nbytes(self) -> int:
         references = sum(value.numel() * value.element_size() for value in self.references.values())
-        return references + sum(history.nbytes for history in self.store.values())
+        sampled = self.sampled.nbytes if self.sampled is not None else 0
+        return references + sampled + sum(history.nbytes for history in self.store.values())
 
 
 @dataclass

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from cachekit.samples import Samples
 
 Of = Literal["probe", "front", "modulated", "check", "sample", "prediction"]
 Since = Literal["recompute", "step"]
@@ -69,57 +70,72 @@ def signals(needs: Iterable[Any]) -> frozenset[Signal]:
     return frozenset(found)
 
 
+class Compared:
+    """A tensor and what it is compared with, for all samples of a batch. Numbers are made for all of them at once."""
+
+    def __init__(self, value: Tensor | None, reference: Tensor | None, samples: Samples, count: Callable[[Tensor], None]) -> None:
+        self.value, self.reference, self.samples, self._count = value, reference, samples, count
+        self._numbers: dict[tuple[str, bool], list[float]] = {}
+
+    def number(self, name: str, formula: Callable[..., Tensor], tensors: tuple[Tensor, ...], g: int, pooled: bool) -> float:
+        """Sample g's number: its largest item's, or that of all its items together.
+
+        Args:
+            formula: takes tensors (..., n) to numbers (...).
+        """
+        if (name, pooled) not in self._numbers:
+            if pooled and self.samples.count == 1:
+                # The same sum of all numbers as in the authors' code, to the last bit: thresholds may lie close.
+                numbers = formula(*(tensor.reshape(-1) for tensor in tensors)).reshape(1)
+            else:
+                numbers = formula(*(self.samples.arranged(tensor, pooled) for tensor in tensors)).amax(1)
+            self._count(numbers)
+            self._numbers[name, pooled] = numbers.expand(self.samples.count).tolist()
+        return self._numbers[name, pooled][g]
+
+
 class Comparison:
     """A tensor and what it is compared with, as numbers. Each costs one device synchronisation when it is first read.
 
-    Where one of the two is missing or they differ in shape, what needs both is infinite: a threshold on it recomputes.
+    In a batch each is that of the sample whose number is the largest; with ``Step.pooled`` the means and norms are over the
+    whole batch. Where one of the two is missing or they differ in shape, what needs both is infinite: a threshold on it
+    recomputes.
     """
 
-    def __init__(self, value: Tensor | None, reference: Tensor | None, count: Callable[[Tensor], None]) -> None:
-        self.value, self.reference, self._count = value, reference, count
+    def __init__(self, compared: Compared, g: int = 0, pooled: bool = False) -> None:
+        self._compared, self._g, self._pooled = compared, g, pooled
+        self.value, self.reference = compared.value, compared.reference
 
-    def _read(self, number: Tensor) -> float:
-        self._count(number)
-        return float(number)
+    def _of_both(self, name: str, formula: Callable[[Tensor, Tensor], Tensor]) -> float:
+        value, reference = self.value, self.reference
+        if value is None or reference is None or value.shape != reference.shape:
+            return inf
+        return self._compared.number(name, formula, (value, reference), self._g, self._pooled)
 
     @property
-    def _known(self) -> tuple[Tensor, Tensor] | None:
-        value, reference = self.value, self.reference
-        return None if value is None or reference is None or value.shape != reference.shape else (value, reference)
-
-    @cached_property
     def relative(self) -> float:
         """mean|value - reference| / mean|reference|."""
-        if self._known is None:
-            return inf
-        value, reference = self._known
-        return self._read((value - reference).abs().mean() / reference.abs().mean())
+        return self._of_both("relative", lambda value, then: (value - then).abs().mean(-1) / then.abs().mean(-1))
 
-    @cached_property
+    @property
     def difference(self) -> float:
         """mean|value - reference|."""
-        if self._known is None:
-            return inf
-        value, reference = self._known
-        return self._read((value - reference).abs().mean())
+        return self._of_both("difference", lambda value, then: (value - then).abs().mean(-1))
 
-    @cached_property
+    @property
     def elementwise(self) -> float:
         """mean(|value - reference| / (|reference| + 1e-10)): each element relative to itself."""
-        if self._known is None:
-            return inf
-        value, reference = self._known
-        return self._read(((value - reference).abs() / (reference.abs() + 1e-10)).mean())
+        return self._of_both("elementwise", lambda value, then: ((value - then).abs() / (then.abs() + 1e-10)).mean(-1))
 
-    @cached_property
+    @property
     def euclidean(self) -> float:
         """‖value - reference‖ / ‖reference‖."""
-        if self._known is None:
-            return inf
-        value, reference = self._known
-        return self._read(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
+        norm = torch.linalg.vector_norm
+        return self._of_both("euclidean", lambda value, then: norm(value - then, dim=-1) / norm(then, dim=-1))
 
-    @cached_property
+    @property
     def size(self) -> float:
         """mean|value|, infinite where it is missing."""
-        return inf if self.value is None else self._read(self.value.abs().mean())
+        if self.value is None:
+            return inf
+        return self._compared.number("size", lambda value: value.abs().mean(-1), (self.value,), self._g, self._pooled)

@@ -11,6 +11,9 @@ class Record:
     """One model call: step index, timestep, branch, and for each block visit in order whether the block ran.
 
     ``modules`` says the same of the calls of modules in the blocks that ran, where segments cover such modules.
+
+    Attributes:
+        shares, module_shares: the share of the batch's samples for which each ran; empty where that was all or none everywhere.
     """
 
     i: int
@@ -18,6 +21,8 @@ class Record:
     branch: str
     recomputed: tuple[bool, ...]
     modules: tuple[bool, ...] = ()
+    shares: tuple[float, ...] = ()
+    module_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Stats:
     Attributes:
         steps: model calls.
         generations: generations that were begun.
-        blocks_run, blocks_total: block visits that ran, and that the uncached model would have run.
+        blocks_run, blocks_total: block visits that ran, and that the uncached model would have run. One that ran for a part of
+            the batch counts as that share of a visit.
         modules_run, modules_total: calls of attention, cross-attention or MLP modules in blocks that ran, where segments cover
             such modules: those that ran, and that the uncached model would have run.
         bytes_held, bytes_peak: bytes of stored tensors now, and at the most.
@@ -75,9 +81,9 @@ class Stats:
 
     steps: int = 0
     generations: int = 0
-    blocks_run: int = 0
+    blocks_run: float = 0
     blocks_total: int = 0
-    modules_run: int = 0
+    modules_run: float = 0
     modules_total: int = 0
     bytes_held: int = 0
     bytes_peak: int = 0
@@ -103,9 +109,9 @@ class Stats:
         """Add one model call, with the device synchronisations in it."""
         self.synchronisations += waits
         self.steps += 1
-        self.blocks_run += sum(record.recomputed)
+        self.blocks_run += sum(record.shares or record.recomputed)
         self.blocks_total += len(record.recomputed)
-        self.modules_run += sum(record.modules)
+        self.modules_run += sum(record.module_shares or record.modules)
         self.modules_total += len(record.modules)
         self.records.append(record)
 
@@ -116,6 +122,12 @@ class Stats:
         if found is not None:
             self.audits.append(found)
 
+    def tried(self, blocks: int, modules: int, share: float, waits: int) -> None:
+        """So many blocks and modules ran once more for a share of the batch, beside what the uncached model would have run."""
+        self.blocks_run += blocks * share
+        self.modules_run += modules * share
+        self.synchronisations += waits
+
     def hold(self, nbytes: int) -> None:
         """Note how many bytes are stored now."""
         self.bytes_held = nbytes
@@ -125,8 +137,8 @@ class Stats:
         share = self.blocks_run / self.blocks_total if self.blocks_total else 1.0
         lines = [
             f"{_count(self.steps, 'step')} in {_count(self.generations, 'generation')}"
-            + (f", {self.blocks_run} of {self.blocks_total} blocks run ({share:.0%})" if self.blocks_total else "")
-            + (f", {self.modules_run} of {self.modules_total} modules in them" if self.modules_total else ""),
+            + (f", {_number(self.blocks_run)} of {self.blocks_total} blocks run ({share:.0%})" if self.blocks_total else "")
+            + (f", {_number(self.modules_run)} of {self.modules_total} modules in them" if self.modules_total else ""),
             f"{self.bytes_held / 2**20:.1f} MiB held, {self.bytes_peak / 2**20:.1f} MiB at the most",
         ]
         if self.audited:
@@ -138,3 +150,7 @@ class Stats:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _number(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:.1f}"

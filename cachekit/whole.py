@@ -34,8 +34,8 @@ def store_prediction(decisions: Decisions, k: int, result: Any, sample: Tensor |
                 f"a residual of the whole prediction needs one of the sample's shape {tuple(sample.shape)}, "
                 f"and this model's is {tuple(tensor.shape)}; use reuse='output' or 'taylor-K', or another segment"
             )
-        stored = decisions.branch.store.get((k, VISIT, path))
-        if stored is not None and not has_signature(stored.entries[0][1], signature(tensor)):
+        stored = decisions.newest(k, VISIT, path)
+        if stored is not None and not has_signature(stored, signature(tensor)):
             raise GraphChanged("another shape, dtype or device")
         # A model in half precision may be given samples in single precision: what is stored has the prediction's dtype.
         decisions.keep(k, VISIT, path, tensor, sample.to(tensor) if beta and sample is not None else None)
@@ -48,5 +48,6 @@ def whole_prediction(decisions: Decisions, k: int) -> Any:
     """What the model returns on a reused step."""
     branch = decisions.branch
     sample = branch.inputs.sample if decisions.sites[k].reuse.beta else None
-    paths = [path for site, v, path in branch.store if site == k and v == VISIT]
+    sampled = branch.sampled.store if branch.sampled is not None else {}
+    paths = [path for site, v, path in (*branch.store, *sampled) if site == k and v == VISIT]
     return replaced(branch.structure, {path: decisions.forecast(k, VISIT, path, sample) for path in paths})

@@ -86,6 +86,7 @@ def wrap(
     reuse: Any = None,
     adapter: Adapter | str | None = None,
     audit_every: int | None = None,
+    per_sample: bool | int = False,
 ) -> M:
     """Make a transformer's block stack skippable per denoising step.
 
@@ -100,6 +101,9 @@ def wrap(
         adapter: an ``Adapter`` or the name of one; found by the model's class otherwise.
         audit_every: k, to run the full pass beside every k-th reused step of a branch and note in ``stats.audits`` what the
             reused one is off by. It changes no sample, and costs what it saves elsewhere.
+        per_sample: decide for each sample of a batch by itself; blocks are run on those alone that are recomputed. Costs one more
+            call with a single sample for each generation and branch. A number: so many rows in a row of the batch's length over
+            it belong to each sample, as where a pipeline batches the passes of its guidance (2), and share its decision.
 
     Returns:
         The same model, with ``model.cachekit`` for statistics and control. One that is wrapped already gets the new policy.
@@ -116,8 +120,9 @@ def wrap(
     _refuse_nesting(model)
     facts = adapter_for(model, adapter)
     sites = _sites(lambda written: bound(parse_policy(written), model, facts), preset, segments, reuse)
+    passes = _passes(per_sample, sites, audit_every)
     unwrap(model)
-    engine = Engine(model, sites, facts, audit_every)
+    engine = Engine(model, sites, facts, audit_every, passes)
     engine.attach()
     model.__dict__["cachekit"] = Handle(engine)
     return model
@@ -160,6 +165,21 @@ def _refuse_nesting(model: nn.Module) -> None:
                 f"{f'its module {name!r}' if name else 'it'} lies in a {type(owner.model).__name__} that is wrapped already; "
                 "cachekit.unwrap that one first, or wrap only one of the two"
             )
+
+
+def _passes(per_sample: bool | int, sites: tuple[Site, ...], audit_every: int | None) -> int:
+    if not isinstance(per_sample, int) or per_sample < 0:
+        raise ConfigError(
+            f"per_sample={per_sample!r}: write True, False, or how many passes of each sample are in one batch (2 for guidance)"
+        )
+    if per_sample and len(sites) > 1 and any(site.segment.is_model for site in sites):
+        raise ConfigError("per_sample: decide on segments='model' for each sample, or on segments of blocks, not on both at once")
+    if per_sample and (audit_every is not None or any("estimate" in site.policy.required() for site in sites)):
+        raise ConfigError(
+            "per_sample: audits and estimates of the error are made for a whole batch; leave per_sample out, or audit_every and "
+            "the policy that reads step.estimate"
+        )
+    return int(per_sample)
 
 
 def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: Any) -> tuple[Site, ...]:

@@ -25,12 +25,14 @@ class accumulated(Policy[float]):
         signal: what m is. ``"modulated"``: the first block's normed and modulated input, for which that block is run up to its
             attention. ``"sample"``: the model's input. ``"probe"``, ``"front"``: what ``change`` and ``front_change`` look at.
         coefficients: of the polynomial p, highest power first; p(d) = d unless given.
+        pooled: take the means over the whole batch, instead of the sample that changed most.
     """
 
     threshold: NonNegativeFloat
     _: KW_ONLY
     signal: Literal["modulated", "sample", "probe", "front"] = "modulated"
     coefficients: tuple[float, ...] = (1.0, 0.0)
+    pooled: bool = False
 
     def init(self) -> float:
         return 0.0
@@ -50,5 +52,5 @@ class accumulated(Policy[float]):
         return Signal(self.signal, since="step")
 
     def _ahead(self, state: float, step: Step) -> float:
-        change = step.signal(self._watched).relative
+        change = (step.pooled if self.pooled else step).signal(self._watched).relative
         return state + reduce(lambda value, coefficient: value * change + coefficient, self.coefficients, 0.0)

@@ -29,7 +29,7 @@ class Due:
 class paced(Policy[Due]):
     """After each recompute, look up how long to wait for the next in a codebook of (change a step, number of steps).
 
-    The change is ``step.change`` over the number of steps since the recompute before. The first entry that it stays under
+    The change is ``step.pooled.change`` over the number of steps since the recompute before. The first entry that it stays under
     says how many steps on the next recompute is, the last entry where it stays under none; 1 after the first recompute,
     which nothing precedes. Costs one device synchronisation a recompute, and none on reused steps.
 
@@ -54,7 +54,7 @@ class paced(Policy[Due]):
         return step.i >= state.last + state.wait
 
     def update(self, state: Due, step: Step, recomputed: bool) -> Due:
-        return Due(step.i, self._wait(step.change, step.i - state.last)) if recomputed else state
+        return Due(step.i, self._wait(step.pooled.change, step.i - state.last)) if recomputed else state
 
     def _wait(self, change: float, steps: int) -> int:
         if isinf(change) or not steps:

@@ -31,7 +31,7 @@ def dbcache(
         warm_up: number of full steps at first.
         limit: most reuses in a row; none unless given.
     """
-    policy: Policy[object] = first(warm_up) | front_change(threshold)
+    policy: Policy[object] = first(warm_up) | front_change(threshold, pooled=True)
     if limit is not None:
         policy = policy | at_most(limit)
     return Preset(policy, segments=(f, -b if b else None), reuse="residual")

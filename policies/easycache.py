@@ -48,13 +48,13 @@ class predicted(Policy[Gain]):
     def update(self, state: Gain, step: Step, recomputed: bool) -> Gain:
         if not recomputed:
             return Gain(state.rate, state.size, self._ahead(state, step))
-        moved, changed = step.signal(MOVED).difference, step.signal(CHANGED)
+        moved, changed = step.pooled.signal(MOVED).difference, step.pooled.signal(CHANGED)
         known = 0.0 < moved < inf
         return Gain(changed.difference / moved if known else inf, changed.size)
 
     def _ahead(self, state: Gain, step: Step) -> float:
         known = state.rate < inf and state.size > 0.0
-        return state.error + state.rate * (step.signal(STEPPED).difference / state.size) if known else inf
+        return state.error + state.rate * (step.pooled.signal(STEPPED).difference / state.size) if known else inf
 
 
 @validate_call

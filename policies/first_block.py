@@ -14,6 +14,7 @@ def first_block(threshold: NonNegativeFloat = 0.05) -> Preset:
 
     As diffusers' ``FirstBlockCacheConfig``, whose default this is: d = mean|r - r_last| / mean|r_last| with r the first block's
     residual and r_last that of the last recompute; the others are reused while d <= threshold, each stream with the residual
-    that they added to it. Costs one device synchronisation a step.
+    that they added to it. As there, the means are over the whole batch (``change``'s ``pooled``). Costs one device
+    synchronisation a step.
     """
-    return Preset(change(threshold), segments=(1, None), reuse="residual")
+    return Preset(change(threshold, pooled=True), segments=(1, None), reuse="residual")

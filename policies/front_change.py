@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY
 from typing import ClassVar
 
 from pydantic import NonNegativeFloat
@@ -15,11 +16,16 @@ class front_change(Policy[None]):
     """As ``change``, of the residual of all the blocks before the segment together (DBCache, cache-dit).
 
     Where the model does something between them, it is that of the blocks since then. Costs one device synchronisation a step.
+
+    Args:
+        threshold, pooled: as ``change``'s.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"front"})
     threshold: NonNegativeFloat
+    _: KW_ONLY
+    pooled: bool = False
 
     def decide(self, state: None, step: Step) -> bool:
         # Written this way round, a change that is no number recomputes.
-        return not step.front_change <= self.threshold
+        return not (step.pooled if self.pooled else step).front_change <= self.threshold

@@ -58,7 +58,7 @@ class verified(Policy[Draft]):
         return Draft(state.reuses + 1, self._error(step) if state.reuses >= self.unchecked else 0.0)
 
     def _error(self, step: Step) -> float:
-        check = step.signal(CHECK)
+        check = step.pooled.signal(CHECK)
         if self.metric == "elementwise":
             return check.elementwise
         if self.metric == "relative":

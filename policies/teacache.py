@@ -70,5 +70,5 @@ def teacache(threshold: NonNegativeFloat = 0.2, *, coefficients: Coefficients | 
     """
     if coefficients is None:
         return _Published(threshold)
-    policy = first(1) | last(1) | accumulated(threshold, coefficients=coefficients)
+    policy = first(1) | last(1) | accumulated(threshold, coefficients=coefficients, pooled=True)
     return Preset(policy, segments="all", reuse="residual")

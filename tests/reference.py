@@ -95,6 +95,7 @@ class Reference:
         self.linked = linked(model.spec)
         self.owner = {v: site for site in sites for v in site.visits}
         self.i, self.node, self.v = -1, 0, 0
+        self.batch = 1
         self.t, self.previous_t = 0.0, 0.0
         self.residuals: dict[int, Tensor] = {}
         self.entered: dict[int, Tensor] = {}
@@ -108,6 +109,7 @@ class Reference:
         """The prediction of the next step, at t, for a model's arguments (sample, timestep, conditioning)."""
         self.node += self.i >= 0 and t != self.t
         self.i, self.v, self.t, self.previous_t = self.i + 1, 0, t, self.t
+        self.batch = len(args[0])
         for site in self.sites:
             site.recomputed, site.entry = None, {}
         prediction = self._predict(args)
@@ -183,8 +185,14 @@ class Reference:
         return {"probe": self.residuals[last], "front": self.left[last] - self.entered[start]}
 
     def _look(self, site: Site, signal: Signal) -> Any:
+        """The largest of the samples' changes; where the stream has several rows for each, they lie one behind the other."""
         now, then = self._shown(site)[signal.of], site.then[signal.of]
-        return SimpleNamespace(relative=float((now - then).abs().mean() / then.abs().mean()))
+        each = len(now) // self.batch
+        found = []
+        for start in range(0, len(now), each):
+            a, b = now[start : start + each], then[start : start + each]
+            found.append(float((a - b).abs().mean() / b.abs().mean()))
+        return SimpleNamespace(relative=max(found))
 
     def _now(self, site: Site) -> float:
         axis = site.reuse.axis

@@ -32,7 +32,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def tea(threshold: float = 0.3) -> Preset:
-    return Preset(accumulated(threshold), segments="all", reuse="residual")
+    return Preset(accumulated(threshold, pooled=True), segments="all", reuse="residual")
 
 
 @pytest.mark.parametrize("case", (*CASES, ORIGINAL_HUNYUAN_VIDEO), ids=str)

@@ -22,6 +22,8 @@ from cachekit import Comparison, Signal
 from cachekit.decisions import Decisions
 from cachekit.policies import accumulated, at_most
 from cachekit.policy import Policy, Step
+from cachekit.samples import Samples
+from cachekit.signals import Compared
 
 TIMES = tuple(float(t) for t in range(950, 100, -70))
 
@@ -51,7 +53,7 @@ class Noting(Policy[None]):
         return step.i % 2 == 0
 
     def update(self, state: None, step: Step, recomputed: bool) -> None:
-        found = {signal: step.signal(signal) for signal in self.watched}
+        found = {signal: step.pooled.signal(signal) for signal in self.watched}
         self.seen.append({signal: (c.relative, c.difference, c.size) for signal, c in found.items()})
 
     def required(self) -> frozenset[str | Signal]:
@@ -66,7 +68,7 @@ def test_numbers_of_a_comparison(now: list[float], then: list[float]) -> None:
     """Each is a loop over the elements, in float64, and costs one reading however often it is read."""
     read: list[Tensor] = []
     value, reference = torch.tensor(now, dtype=torch.float64), torch.tensor(then, dtype=torch.float64)
-    compared = Comparison(value, reference, read.append)
+    compared = Comparison(Compared(value, reference, Samples(1, 1), read.append))
     differences = [abs(a - b) for a, b in zip(now, then, strict=True)]
     assert compared.difference == pytest.approx(sum(differences) / 3)
     assert compared.size == pytest.approx(sum(map(abs, now)) / 3)
@@ -84,7 +86,7 @@ def test_numbers_of_a_comparison(now: list[float], then: list[float]) -> None:
 
 @pytest.mark.parametrize("pair", ((None, torch.ones(2)), (torch.ones(2), None), (torch.ones(2), torch.ones(3))))
 def test_what_is_missing_or_of_another_shape_is_infinitely_far(pair: tuple[Any, Any]) -> None:
-    compared = Comparison(*pair, lambda number: None)
+    compared = Comparison(Compared(*pair, Samples(1, 1), lambda number: None))
     assert compared.relative == compared.difference == compared.elementwise == compared.euclidean == inf
     assert compared.size == (inf if pair[0] is None else 1.0)
 
@@ -145,7 +147,7 @@ def test_any_signal_accumulates(case: Case, signal: Any, threshold: float, start
     samples = [case.sample(t, start=times[0]) for t in times] if signal == "sample" else None
     held = Range(start, 6, Added(threshold, samples))
     expected = run(case, case.build(), times, [held])
-    model = cachekit.wrap(case.build(), accumulated(threshold, signal=signal), segments=(start, 6), reuse="residual")
+    model = cachekit.wrap(case.build(), accumulated(threshold, signal=signal, pooled=True), segments=(start, 6), reuse="residual")
     with model.cachekit.session(), model.cachekit.branch("only"):
         found = generate(model, case, times)
     assert [record.recomputed[start] for record in model.cachekit.stats.records] == held.recomputed

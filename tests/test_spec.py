@@ -89,13 +89,13 @@ TGATE = [
 
 # A spec, the object that it means, and what that is made of.
 PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
-    ("first-block", first_block(0.05), change(0.05), (1, None), "residual"),
-    ("first-block-0.1", first_block(0.1), change(0.1), (1, None), "residual"),
-    ("dbcache", dbcache(8, 0, 0.08), first(8) | front_change(0.08), (8, None), "residual"),
+    ("first-block", first_block(0.05), change(0.05, pooled=True), (1, None), "residual"),
+    ("first-block-0.1", first_block(0.1), change(0.1, pooled=True), (1, None), "residual"),
+    ("dbcache", dbcache(8, 0, 0.08), first(8) | front_change(0.08, pooled=True), (8, None), "residual"),
+    ("dbcache-2-1-0.2", dbcache(2, 1, 0.2), first(8) | front_change(0.2, pooled=True), (2, -1), "residual"),
     ("fora-4", fora(4), every(4) | last(1), "modules", "output"),
     ("pab", pab(2, 3, 6, 800, 100), broadcast(2, 800, 100), PAB, "output"),
     ("tgate-20-2", tgate(20, 2), first(20), TGATE, "output"),
-    ("dbcache-2-1-0.2", dbcache(2, 1, 0.2), first(8) | front_change(0.2), (2, -1), "residual"),
     ("taylorseer-5", taylorseer(5, 1), first(3) | at_most(4), "all", TaylorSeer(1, axis="grid")),
     ("taylorseer-3-2", taylorseer(3, 2), first(3) | at_most(2), "all", TaylorSeer(2, axis="grid")),
     ("hicache-3-1", hicache(3, 1), first(3) | at_most(2), "all", Hermite(1, 0.5, axis="grid")),
@@ -190,9 +190,9 @@ def test_presets_that_disagree_are_refused() -> None:
 
 def test_a_preset_in_a_combination_keeps_its_segments_and_joins_their_policies() -> None:
     for spec, combined in (
-        ("first-block-0.1 | every-5", change(0.1) | every(5)),
-        ("every-5 | first-block-0.1", every(5) | change(0.1)),
-        ("first-block-0.1 & first-9", change(0.1) & first(9)),
+        ("first-block-0.1 | every-5", change(0.1, pooled=True) | every(5)),
+        ("every-5 | first-block-0.1", every(5) | change(0.1, pooled=True)),
+        ("first-block-0.1 & first-9", change(0.1, pooled=True) & first(9)),
     ):
         assert parse_policy(spec) == Preset(combined, (1, None), "residual")
     late = every(2) | stage(0.5, late=True)

@@ -160,7 +160,10 @@ def test_without_a_polynomial_it_is_the_accumulated_change(case: Case, times: tu
         since += change(norms[i], norms[i - 1])
         expected.append(since >= threshold or i == len(times) - 1)
         since = 0.0 if expected[-1] else since
-    for policy in (teacache(threshold, coefficients=SLOPE), Preset(first(1) | last(1) | accumulated(threshold), "all", "residual")):
+    for policy in (
+        teacache(threshold, coefficients=SLOPE),
+        Preset(first(1) | last(1) | accumulated(threshold, pooled=True), "all", "residual"),
+    ):
         model = cachekit.wrap(case.build(), policy)
         with model.cachekit.session(steps=len(times)), model.cachekit.branch("only"):
             generate(model, case, times)

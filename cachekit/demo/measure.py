@@ -37,7 +37,7 @@ class Measured:
     row: Row
     seconds: list[float] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
-    blocks_run: int = 0
+    blocks_run: float = 0
     blocks_total: int = 0
     bytes_peak: int = 0
     records: list[Record] = field(default_factory=list)
