@@ -167,8 +167,7 @@ class Decisions:
         if k not in self._estimates:
             reuse, store = self.sites[k].reuse, self.branch.store
             histories = [history for (site, v, _), history in store.items() if site == k and not self._is_check(k, v)]
-            self._estimates[k] = forecast_error(histories, reuse.time(self.step), reuse, self.branch.misses.get(k))
-            self.waits += any(history.entries[0][1].device.type != "cpu" for history in histories)
+            self._estimates[k] = forecast_error(histories, reuse.time(self.step), reuse, self.branch.misses.get(k), self._count)
         return self._estimates[k]
 
     def predicted(self, k: int) -> float | None:

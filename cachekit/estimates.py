@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -22,11 +22,11 @@ class Embedded(Protocol):
 
 
 class Error:
-    """The relative error of several tensors taken together. Adding one waits for no device; ``off`` and ``norm`` do."""
+    """The relative error of several tensors taken together. Adding one waits for no device; reading does, once."""
 
     def __init__(self) -> None:
-        self._off: list[Tensor] = []
-        self._norm: list[Tensor] = []
+        self._parts: list[Tensor] = []
+        self._read: tuple[float, float] | None = None
 
     def add(self, ours: Tensor, true: Tensor, of: Tensor | None = None) -> None:
         """One more tensor; integers and flags have no error.
@@ -38,27 +38,32 @@ class Error:
         if not true.is_floating_point():
             return
         wide = torch.promote_types(true.dtype, torch.float32)
-        self._off.append(torch.linalg.vector_norm(ours.detach().to(wide) - true.detach().to(wide)))
-        self._norm.append(torch.linalg.vector_norm((true if of is None else of).detach().to(wide)))
+        off = torch.linalg.vector_norm(ours.detach().to(wide) - true.detach().to(wide))
+        norm = torch.linalg.vector_norm((true if of is None else of).detach().to(wide))
+        # Their squares are summed, which overflows in single precision first.
+        self._parts.append(torch.stack((off, norm)).double())
+        self._read = None
 
-    @property
-    def off(self) -> float:
-        """Norm of all the differences."""
-        return _length(self._off)
+    def read(self, count: Callable[[Tensor], None] | None = None) -> tuple[float, float]:
+        """Norm of all the differences, and norm of all that they are relative to.
 
-    @property
-    def norm(self) -> float:
-        """Norm of all that they are relative to."""
-        return _length(self._norm)
+        Args:
+            count: told where a tensor is really read.
+        """
+        if self._read is None:
+            if not self._parts:
+                return 0.0, 0.0
+            total = torch.linalg.vector_norm(torch.stack([part.to(self._parts[0].device) for part in self._parts]), dim=0)
+            if count is not None:
+                count(total)
+            off, norm = total.tolist()
+            self._read = off, norm
+        return self._read
 
     @property
     def value(self) -> float:
         """The error; 0 where nothing differs, and infinite against nothing at all."""
-        return ratio(self.off, self.norm)
-
-
-def _length(parts: list[Tensor]) -> float:
-    return float(sum(float(part) ** 2 for part in parts) ** 0.5)
+        return ratio(*self.read())
 
 
 def ratio(off: float, norm: float) -> float:
@@ -94,13 +99,22 @@ class Miss:
             self.error.add(history.value(t, reuse), kept, output)
 
 
-def forecast_error(histories: Sequence[History], t: float, reuse: Reuse, miss: Miss | None) -> float:
+def forecast_error(
+    histories: Sequence[History], t: float, reuse: Reuse, miss: Miss | None, count: Callable[[Tensor], None]
+) -> float:
     """Estimated error of reusing a site at t, relative to the norm of its output at the last recompute.
 
     The larger of two estimates. One is embedded: what the forecast differs by from that of one order less (for a reuse that
     knows orders). The other is what a forecast missed by at the last recompute, carried over to today's distance from the
     newest value: beyond that of then it grows as its (m+1)-th power, the order of the local error of a forecast from m + 1 values
     (``docs/error-budget.md``); within it it shrinks in proportion alone, since damped forecasts have no higher order.
+
+    Args:
+        histories: of each of the site's tensors.
+        t: now, on the reuse's axis.
+        reuse: of the site.
+        miss: of the last recompute that had anything to forecast from.
+        count: told of each tensor that is read.
 
     Returns:
         The estimate; infinite where nothing was missed yet, or at the newest value's own time.
@@ -110,7 +124,8 @@ def forecast_error(histories: Sequence[History], t: float, reuse: Reuse, miss: M
         return float("inf")
     weights = reuse.weights(times, t)
     closer = abs(t - times[0]) / miss.gap
-    carried = miss.error.value * max(closer, closer ** len(weights))
+    missed, size = miss.error.read(count)
+    carried = ratio(missed, size) * max(closer, closer ** len(weights))
     rival = reuse.rival(times, t) if isinstance(reuse, Embedded) else None
     if rival is None:
         return carried
@@ -120,7 +135,7 @@ def forecast_error(histories: Sequence[History], t: float, reuse: Reuse, miss: M
         if history.entries[0][1].is_floating_point():
             embedded.add(history.combined(padded), torch.zeros_like(history.entries[0][1]))
     # Either that is no number must not be lost in the larger of the two.
-    found = (carried, ratio(embedded.off, miss.error.norm))
+    found = (carried, ratio(embedded.read(count)[0], size))
     return max(found) if all(part == part for part in found) else float("inf")
 
 

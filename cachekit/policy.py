@@ -74,7 +74,7 @@ class Step:
         """Estimated error of reusing the site at this step, relative to its output: from what is stored, without running anything.
 
         Infinite until a recompute has shown what a forecast would have missed there (``cachekit.estimates``). Reading it costs
-        one device synchronisation.
+        one device synchronisation, and one more after a recompute.
 
         Raises:
             ConfigError: the policy does not say in ``needs`` that it reads it, or there is no model (``plan``).

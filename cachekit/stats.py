@@ -75,7 +75,7 @@ class Stats:
         notes: sentences about what could not be done as asked.
         records: one for each model call of the current generation.
         audits: one for each audited step of the current generation (``wrap``'s ``audit_every``).
-        audited: full passes that were run in the shadow; each waits for the device once. They are not in ``steps``.
+        audited: full passes that were run in the shadow; each waits for the device. They are not in ``steps``.
         audit_blocks: block visits that ran in them, which are not in ``blocks_run``.
     """
 

@@ -34,8 +34,9 @@ class ErrorBudget(Policy[Spent]):
     The budget is given out evenly over the steps: after step i of n, (i + 1) / n of it may be spent, and what is left over
     stays. Given out at once, one long run of reuses at the start takes it all.
 
-    No guarantee: e and a are estimates. How often the error stays under eps is measured in docs/error-budget.md. Costs one device
-    synchronisation a step. Where neither the number of steps nor t's range is known, every step is full, and stats say so.
+    No guarantee: e and a are estimates. How often the error stays under eps is measured in docs/error-budget.md. Costs one
+    device synchronisation a step, and one more after a recompute. Where neither the number of steps nor t's range is known,
+    every step is full, and stats say so.
 
     Args:
         eps: for the norm of the final sample's error over the norm of the uncached sample.

@@ -18,6 +18,7 @@ from zoo import DIT, HUNYUAN_DIT
 
 import cachekit
 from cachekit import Amplification, ConfigError, Forecast, Step
+from cachekit.decisions import Decisions
 from cachekit.demo import fashion
 from cachekit.demo.measure import relative_error
 from cachekit.estimates import Error, ratio
@@ -162,3 +163,15 @@ def test_errors_of_nothing() -> None:
     """0 / 0 is no error, and something against nothing is infinite."""
     assert ratio(0.0, 0.0) == 0.0 and ratio(1.0, 0.0) == float("inf") and ratio(1.0, 2.0) == 0.5
     assert Error().value == 0.0
+
+
+def test_device_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if on a device for which reading waits: one for the order below a step, one more where a forecast was newly missed."""
+    monkeypatch.setattr(Decisions, "_count", lambda self, number: setattr(self, "waits", self.waits + 1))
+    for reuse, each in ((Forecast(), 0), (Forecast(2, axis="grid"), 1)):
+        model = cachekit.wrap(DIT.build(), ErrorBudget(0.15, amplification=A), reuse=reuse)
+        with torch.no_grad(), handle(model).session(steps=len(TIMES)):
+            generate(model, DIT, TIMES)
+        full = [all(record.recomputed) for record in stats(model).records]
+        # Nothing was missed before step 1, and nothing is asked of what the last step missed.
+        assert stats(model).synchronisations == each * (len(TIMES) - 2) + sum(full[1:-1])
