@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cachekit.decisions import Decisions
+from cachekit.errors import ConfigError
 from cachekit.graph import Graph, ModuleVisit
 from cachekit.inside import MLP
 from cachekit.main_stream import with_input
@@ -70,6 +71,16 @@ def is_tokenwise(
     # A product of width w rounds by about sqrt(w) eps of its terms; another token's part would be of order 1.
     bound = 1000 * torch.finfo(result.dtype).eps * same.abs().max()
     return bool((some - same).abs().max() <= bound)
+
+
+def check(reuse: Reuse) -> None:
+    """Refuse a reuse that names tokens and holds something else than the newest output.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if refreshes(reuse) and (reuse.length != 1 or reuse.beta):
+        raise ConfigError(f"{reuse!r} has choose(), and writes tokens into the newest output: it needs length 1 and beta 0")
 
 
 def notes(graph: Graph, layout: Layout, sites: tuple[Site, ...]) -> set[str]:
