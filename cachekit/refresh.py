@@ -73,12 +73,15 @@ def is_tokenwise(
     return bool((some - same).abs().max() <= bound)
 
 
-def check(reuse: Reuse) -> None:
-    """Refuse a reuse that names tokens and holds something else than the newest output.
+def check(site: Site) -> None:
+    """Refuse a reuse that names tokens where it can't.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: it holds something else than the newest output, or the site is the whole prediction.
     """
+    reuse = site.reuse
+    if refreshes(reuse) and site.segment.is_model:
+        raise ConfigError("the whole prediction has no tokens to recompute; give reuse='output' or 'taylor-K', or other segments")
     if refreshes(reuse) and (reuse.length != 1 or reuse.beta):
         raise ConfigError(f"{reuse!r} has choose(), and writes tokens into the newest output: it needs length 1 and beta 0")
 

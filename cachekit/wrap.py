@@ -171,7 +171,7 @@ def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: 
         own = preset if segment.policy is None else read(segment.policy)
         chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
         site = Site(segment, own.policy, parse_reuse(chosen))
-        check(site.reuse)
+        check(site)
         for of in sorted(INSIDE & {signal.of for signal in site.signals} if segment.is_model else ()):
             raise ConfigError(LACKING[of])
         made.append(site)

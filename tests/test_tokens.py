@@ -181,7 +181,7 @@ def test_what_mixes_tokens_is_held(mlp: Any) -> None:
     assert any("tokens are recomputed in MLPs alone" in note for note in model.cachekit.stats.notes)
 
 
-@pytest.mark.parametrize("segments", ("attn", "middle", "model", Segment(0, 1, modules="cross_attn")), ids=str)
+@pytest.mark.parametrize("segments", ("attn", "middle", Segment(0, 1, modules="cross_attn")), ids=str)
 def test_where_there_are_no_mlps_values_are_held(segments: Any) -> None:
     model: Any = cachekit.wrap(usual(), every(2), segments=segments, reuse=HALF)
     assert_equal(sample(model), sample(cachekit.wrap(usual(), every(2), segments=segments)))
@@ -219,6 +219,8 @@ class Two(Tokens):
 def test_a_reuse_that_names_tokens_holds_one_output() -> None:
     with pytest.raises(ConfigError, match="length 1 and beta 0"):
         cachekit.wrap(usual(), every(2), segments="mlp", reuse=Two(0.5))
+    with pytest.raises(ConfigError, match="the whole prediction has no tokens"):
+        cachekit.wrap(usual(), toca(3), segments="model")
 
 
 @pytest.mark.parametrize("case", (DIT, LATTE, FLUX), ids=str)
