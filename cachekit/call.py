@@ -122,7 +122,7 @@ class KnownCall(PlainCall):
         entering = module_store.entering(self.decisions, k, seen, args, kwargs)
         if not runs:
             self.modules.append(False)
-            return module_store.instead(self.decisions, k, (v, n), seen, args, kwargs, entering)
+            return module_store.instead(self.decisions, k, (v, n), seen, args, kwargs, entering, original)
         result = self.run_module((v, n), k, original, args, kwargs, entering)
         if tuple((path, signature(tensor)) for path, tensor in tensors(result)) != seen.returned:
             raise GraphChanged("a module that returns something else")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachekit import refresh
 from cachekit.adapter import Adapter
 from cachekit.alone import MeasuredCall
 from cachekit.audit import WRITES, Auditor, Shadow, ShadowCall, audit
@@ -271,6 +272,7 @@ class Engine:
         if branch.graph is not None and branch.layout is not None:
             self.stats.notes.update(branch.layout.notes(branch.graph, branch.sites))
             self.stats.notes.update(self.interceptors.notes(branch.graph))
+            self.stats.notes.update(refresh.notes(branch.graph, branch.layout, branch.sites))
 
     def _under(self, call: PlainCall, given: Given, original: Original) -> Any:
         self._local.call = call

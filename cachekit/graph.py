@@ -52,6 +52,7 @@ class ModuleVisit:
         entry: (output path, argument path) of each output that something of its signature enters for.
         structure: the result with its tensors left out.
         writes: it writes into what it takes, so that it can't be left out.
+        tokenwise: each token of its output comes from the same token of its input, where that was tried.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModuleVisit:
     entry: tuple[tuple[Path, Path], ...]
     structure: Any = field(compare=False, repr=False)
     writes: bool = False
+    tokenwise: bool = False
 
     @property
     def held(self) -> tuple[tuple[Path, Signature], ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cachekit.graph import Graph, Signature
 from cachekit.policy import Policy
+from cachekit.refresh import AGES, refreshes, takes_tokens
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, expanded, lay_out, parse_segments
 
@@ -15,7 +16,7 @@ def nbytes(graph: Graph, segments: Any = None, reuse: Any = "output") -> int:
     """Bytes of what one branch stores once its histories are full, for inputs of the shapes that the graph was made with.
 
     A history is full after as many recomputes as the reuse's ``length``. Classifier-free guidance in separate calls has two
-    branches. What a policy that watches blocks (``change``) keeps of them is not counted.
+    branches. What a policy that watches blocks (``change``) keeps of them is not counted. MLPs are taken to treat each token alone.
 
     Args:
         graph: from ``cachekit.graph``.
@@ -39,6 +40,8 @@ def nbytes(graph: Graph, segments: Any = None, reuse: Any = "output") -> int:
         for module, k in zip(visit.modules, owners, strict=True):
             if k is not None:
                 total += sum(_size(sig) for _, sig in module.held) * sites[k].reuse.length
+                if refreshes(sites[k].reuse) and takes_tokens(module):
+                    total += math.prod(module.inputs[0][1][0][:2]) * AGES.itemsize
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
 from cachekit.graph import ModuleVisit
+from cachekit.refresh import refresh, refreshes, reset
 from cachekit.tree import Path, get, pick, replaced
 
 Entering = dict[Path, Tensor]
@@ -43,6 +45,8 @@ def keep(decisions: Decisions, k: int, at: tuple[int, int], seen: ModuleVisit, r
     """
     for path, _ in seen.held:
         decisions.keep(k, at[0], (at[1], *path), get(result, path), entering.get(path))
+        if seen.tokenwise and refreshes(decisions.sites[k].reuse):
+            reset(decisions, k, at[0], (at[1], *path), get(result, path))
 
 
 def instead(
@@ -53,7 +57,11 @@ def instead(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     entering: Entering,
+    original: Callable[..., Any],
 ) -> Any:
-    """What a reused module returns: forecasts of its own, and what it hands back untouched."""
+    """What a reused module returns: forecasts of its own, some tokens computed anew, and what it hands back untouched."""
+    if seen.tokenwise:
+        for path, _ in seen.held:
+            refresh(decisions, k, at[0], (at[1], *path), seen, original, (args, kwargs))
     held = {path: decisions.forecast(k, at[0], (at[1], *path), entering.get(path)) for path, _ in seen.held}
     return replaced(seen.structure, {**{out: pick(args, kwargs, path) for path, out in seen.passes}, **held})

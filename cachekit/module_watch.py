@@ -8,6 +8,7 @@ from typing import Any
 from cachekit.call import Original
 from cachekit.graph import Graph, ModuleVisit, Signature, signature
 from cachekit.inside import Role, kind_of
+from cachekit.refresh import is_tokenwise
 from cachekit.tree import Path, arguments, tensors, without_tensors
 from cachekit.watch import Known
 
@@ -19,9 +20,13 @@ class ModuleWatch:
         self.seen: dict[int, list[ModuleVisit]] = {}
 
     def call(
-        self, v: int, name: str, role: Role, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, v: int, name: str, role: Role, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: bool = False
     ) -> tuple[Any, ModuleVisit]:
-        """Run a module within visit v; returns what it returned, and what was seen."""
+        """Run a module within visit v; returns what it returned, and what was seen.
+
+        Args:
+            tokens: try whether an MLP treats each token alone, which costs half a call of it.
+        """
         taken = [(path, Known(tensor), signature(tensor), tensor) for path, tensor in arguments(args, kwargs)]
         result = original(*args, **kwargs)
         writes = any(not known.is_still(tensor) for _, known, _, tensor in taken)
@@ -41,6 +46,8 @@ class ModuleWatch:
             structure=without_tensors(result),
             writes=writes,
         )
+        if tokens:
+            seen = replace(seen, tokenwise=is_tokenwise(original, args, kwargs, seen, result))
         self.seen.setdefault(v, []).append(seen)
         return result, seen
 

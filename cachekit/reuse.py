@@ -161,6 +161,11 @@ class History:
         return sum(value.numel() * value.element_size() for _, value in self.entries)
 
 
+def push(store: dict[Any, History], key: Any, t: float, value: Tensor) -> None:
+    """Put one value alone into a store."""
+    store[key] = History(deque([(t, value)]))
+
+
 ADVICE = (
     "write 'output', 'residual', 'taylor-K', 'residual-taylor-K' (K = 1, 2, ...), 'grid-taylor-K', "
     "'residual-grid-taylor-K' or cachekit.Forecast(order=..., beta=..., bound=..., axis=...)"

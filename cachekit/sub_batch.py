@@ -78,7 +78,7 @@ class SubBatchCall(KnownCall):
         found = dict(tensors(result))
         check(returned, found, part)
         seen = self.graph.visits[at[0]].modules[at[1]]
-        reused = module_store.instead(self.decisions, k, at, seen, args, kwargs, entering)
+        reused = module_store.instead(self.decisions, k, at, seen, args, kwargs, entering, original)
         passed = {out for _, out in seen.passes}
         whole = {path: part.put(get(reused, path), found[path].detach()) for path in returned.paths - passed}
         return replaced(reused, whole)

@@ -14,6 +14,7 @@ from cachekit.errors import ConfigError
 from cachekit.graph import Graph, ModuleVisit
 from cachekit.inside import Role, covers
 from cachekit.module_watch import ModuleWatch
+from cachekit.refresh import refreshes, takes_tokens
 from cachekit.segments import Layout, Segment, expanded, lay_out
 from cachekit.signals import AROUND, LACKING, PROBES, Of
 from cachekit.tree import Path, arguments, pick, replaced, tensors
@@ -48,6 +49,7 @@ class WatchedCall(PlainCall):
         looks = {of for of in get_args(Of) if decisions.looks_at(of)}
         # Whatever counts from where a chain starts needs what entered there.
         self._entering = "front" in looks or any(site.reuse.beta for site in decisions.sites)
+        self._tokens = any(refreshes(site.reuse) for site in decisions.sites)
         self._modules_enter = any(site.reuse.beta and site.segment.names for site in decisions.sites)
         segments = [site.segment for site in decisions.sites if not site.segment.is_model]
         # Where every block has a decision of its own, every one is an end.
@@ -102,7 +104,10 @@ class WatchedCall(PlainCall):
         v = len(self.recomputed) - 1
         self.modules.append(True)
         enters = {path: tensor.detach().clone() for path, tensor in arguments(args, kwargs)} if self._modules_enter else {}
-        result, seen = self.module_watch.call(v, name, self.found.roles[self._block, name], original, args, kwargs)
+        role = self.found.roles[self._block, name]
+        result, seen = self.module_watch.call(v, name, role, original, args, kwargs, self._tokens)
+        if self._tokens and takes_tokens(seen):
+            self.decisions.waits += seen.returned[0][1][2].type != "cpu"
         if any(self._may_cover(site.segment, v, seen) for site in self.decisions.sites):
             copies = {path: tensor.detach().clone() for path, tensor in tensors(result)}
             entering = {out: enters[path] for out, path in seen.entry if path in enters}

@@ -14,6 +14,7 @@ from cachekit.errors import ConfigError, ModelError
 from cachekit.for_model import bound
 from cachekit.interceptors import owner_of
 from cachekit.policy import Preset
+from cachekit.refresh import check, refreshes
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, parse_segments
 from cachekit.session import Generation, Name
@@ -179,6 +180,8 @@ def _passes(per_sample: bool | int, sites: tuple[Site, ...], audit_every: int | 
             "per_sample: audits and estimates of the error are made for a whole batch; leave per_sample out, or audit_every and "
             "the policy that reads step.estimate"
         )
+    if per_sample and any(refreshes(site.reuse) for site in sites):
+        raise ConfigError("per_sample: tokens are recomputed for a whole batch; leave per_sample out, or take another reuse")
     return int(per_sample)
 
 
@@ -190,6 +193,7 @@ def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: 
         own = preset if segment.policy is None else read(segment.policy)
         chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
         site = Site(segment, own.policy, parse_reuse(chosen))
+        check(site)
         for of in sorted(INSIDE & {signal.of for signal in site.signals} if segment.is_model else ()):
             raise ConfigError(LACKING[of])
         made.append(site)

@@ -12,9 +12,11 @@ from cachekit.policies.at_most import at_most
 from cachekit.policies.change import change
 from cachekit.policies.dbcache import dbcache
 from cachekit.policies.delta_dit import delta_dit
+from cachekit.policies.duca import duca
 from cachekit.policies.easycache import easycache
 from cachekit.policies.error_budget import ErrorBudget, error_budget
 from cachekit.policies.every import every
+from cachekit.policies.fastercache import fastercache
 from cachekit.policies.first import first
 from cachekit.policies.first_block import first_block
 from cachekit.policies.foca import foca
@@ -36,6 +38,7 @@ from cachekit.policies.speca import speca
 from cachekit.policies.taylorseer import taylorseer
 from cachekit.policies.teacache import teacache
 from cachekit.policies.tgate import tgate
+from cachekit.policies.toca import toca
 
 __all__ = [
     "ErrorBudget",
@@ -45,9 +48,11 @@ __all__ = [
     "change",
     "dbcache",
     "delta_dit",
+    "duca",
     "easycache",
     "error_budget",
     "every",
+    "fastercache",
     "first",
     "first_block",
     "foca",
@@ -70,6 +75,7 @@ __all__ = [
     "taylorseer",
     "teacache",
     "tgate",
+    "toca",
 ]
 
 # Name in a spec string -> what makes the policy from the numbers behind it. magcache itself takes a
@@ -104,5 +110,8 @@ POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "pab": pab,
         "tgate": tgate,
         "error-budget": error_budget,
+        "toca": toca,
+        "duca": duca,
+        "fastercache": fastercache,
     }
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeFloat, PositiveInt, validate_call
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, validate_call
 from pydantic.dataclasses import dataclass
 
 from cachekit.errors import ConfigError
@@ -20,7 +22,7 @@ class broadcast(Policy[None]):
 
     n: PositiveInt
     start: NonNegativeFloat = 800.0
-    close: NonNegativeFloat = 100.0
+    close: Annotated[float, Field(ge=-1)] = 100.0
 
     def __post_init__(self) -> None:
         if self.close >= self.start:

@@ -289,8 +289,10 @@ def test_the_prediction_or_its_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "given_", ({"policy": "error-budget-0.1"}, {"policy": every(2), "audit_every": 2}), ids=("estimate", "audit")
+    "given_",
+    ({"policy": "error-budget-0.1"}, {"policy": every(2), "audit_every": 2}, {"policy": "toca-3"}),
+    ids=("estimate", "audit", "tokens"),
 )
 def test_what_is_made_for_a_whole_batch(given_: dict[str, Any]) -> None:
-    with pytest.raises(cachekit.ConfigError, match="made for a whole batch"):
+    with pytest.raises(cachekit.ConfigError, match="for a whole batch"):
         cachekit.wrap(DIT.build(), **given_, per_sample=True)

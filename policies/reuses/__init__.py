@@ -12,12 +12,27 @@ from cachekit.policies.reuses.bdf import Bdf
 from cachekit.policies.reuses.chebyshev import Chebyshev
 from cachekit.policies.reuses.hermite import Hermite
 from cachekit.policies.reuses.log_snr import FlowLogSnr, LogSnr
+from cachekit.policies.reuses.mix import Mix
 from cachekit.policies.reuses.polynomial import output, residual, taylor
 from cachekit.policies.reuses.scale import Scale
 from cachekit.policies.reuses.taylorseer import TaylorSeer
+from cachekit.policies.reuses.tokens import Tokens
 from cachekit.reuse import Reuse
 
-__all__ = ["Bdf", "Chebyshev", "FlowLogSnr", "Hermite", "LogSnr", "Scale", "TaylorSeer", "output", "residual", "taylor"]
+__all__ = [
+    "Bdf",
+    "Chebyshev",
+    "FlowLogSnr",
+    "Hermite",
+    "LogSnr",
+    "Mix",
+    "Scale",
+    "TaylorSeer",
+    "Tokens",
+    "output",
+    "residual",
+    "taylor",
+]
 
 # Name in a spec string -> what makes the reuse from the numbers behind it. Scale needs a calibration, so it has no name here.
 REUSES: Mapping[str, Callable[..., Reuse]] = MappingProxyType(
@@ -29,5 +44,7 @@ REUSES: Mapping[str, Callable[..., Reuse]] = MappingProxyType(
         "hermite": Hermite,
         "chebyshev": Chebyshev,
         "bdf": Bdf,
+        "mix": Mix,
+        "tokens": Tokens,
     }
 )
