@@ -12,7 +12,7 @@ import torch
 from cases import Case as Model
 from cases import relative
 from drawing import runs
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from running import SCHEDULE, Seen, generate, watching
 from stack_blocks import StackSpec
