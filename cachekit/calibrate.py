@@ -17,7 +17,7 @@ from cachekit.generations import Sample, Sampler, check_runs, relative
 from cachekit.measures import changes, gram, lookahead, norm_ratios
 from cachekit.plan_file import Fingerprint, SegmentSpec, segment_specs
 from cachekit.policies.every import every
-from cachekit.policies.scheduled import scheduled
+from cachekit.policies.planned import planned
 from cachekit.recorder import Listening, Recording, recording
 from cachekit.reuse import Forecast
 from cachekit.segments import Segment
@@ -61,7 +61,7 @@ class _Job:
     def response(self, i: int, segments: list[Segment]) -> tuple[Tensor, float]:
         """The final sample's relative error where the site is reused at timestep i alone; the share of blocks that ran there."""
         others = tuple(k for k in range(len(self.timesteps)) if k != i)
-        self.sampler.wrap(scheduled(others, self.timesteps), segments, PROBE)
+        self.sampler.wrap(planned(others, self.timesteps), segments, PROBE)
         outcome = self.sampler.call(self.runs[0])
         records = self.sampler.model.__dict__["cachekit"].stats.records
         share = [sum(record.recomputed) / max(1, len(record.recomputed)) for record in records if record.t == self.timesteps[i]]
