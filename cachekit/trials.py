@@ -14,7 +14,7 @@ from cachekit.candidates import Candidate
 from cachekit.generations import Sampler, relative
 from cachekit.plan_file import Plan, ReuseSpec
 from cachekit.policies.every import every
-from cachekit.policies.scheduled import scheduled
+from cachekit.policies.planned import planned
 
 
 class Trials:
@@ -51,7 +51,7 @@ class Trials:
         if key not in self._errors:
             full, segments = self.full(run), [spec.segment() for spec in self.calibration.site(candidate.site).segments]
             # A plan for another schedule is refused at the first step that is not the calibration's.
-            self.sampler.wrap(scheduled(candidate.recompute, self.calibration.timesteps), segments, candidate.reuse)
+            self.sampler.wrap(planned(candidate.recompute, self.calibration.timesteps), segments, candidate.reuse)
             outcome = self.sampler.call(run)
             error = float(torch.linalg.vector_norm(relative(outcome.sample, full)))
             # One that ran away to infinity is as bad as can be, and must sort as such.
