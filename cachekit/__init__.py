@@ -4,6 +4,8 @@ from cachekit import policies
 from cachekit.adapter import Adapter
 from cachekit.amplification import Amplification
 from cachekit.anatomy import graph
+from cachekit.calibrate import calibrate
+from cachekit.calibration import Calibration
 from cachekit.check import check
 from cachekit.disturb import measure_amplification
 from cachekit.errors import CachekitError, ConfigError, ModelError
@@ -11,10 +13,12 @@ from cachekit.findings import Finding, Report
 from cachekit.for_model import ForModel
 from cachekit.graph import Cost, Graph, Visit
 from cachekit.long_skips import add_long_skips, remove_long_skips
+from cachekit.plan_file import Plan
 from cachekit.policy import Policy, Preset, Step
 from cachekit.retrofit import retrofit
 from cachekit.reuse import Forecast, Reuse
 from cachekit.schedule import Schedule, plan
+from cachekit.search import Budget, Front, search
 from cachekit.segments import Segment
 from cachekit.signals import Comparison, Signal
 from cachekit.skip_files import load_long_skips, save_long_skips
@@ -26,9 +30,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Budget",
     "Amplification",
     "Audit",
     "CachekitError",
+    "Calibration",
     "Comparison",
     "ConfigError",
     "Cost",
@@ -36,9 +42,11 @@ __all__ = [
     "Finding",
     "ForModel",
     "Forecast",
+    "Front",
     "Graph",
     "Handle",
     "ModelError",
+    "Plan",
     "Policy",
     "Preset",
     "Record",
@@ -53,6 +61,7 @@ __all__ = [
     "Step",
     "Visit",
     "add_long_skips",
+    "calibrate",
     "check",
     "graph",
     "load_long_skips",
@@ -62,6 +71,7 @@ __all__ = [
     "remove_long_skips",
     "retrofit",
     "save_long_skips",
+    "search",
     "unwrap",
     "wrap",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -47,19 +48,24 @@ def _load(name: str, found: Callable[..., Any] | EntryPoint) -> Callable[..., An
 
 
 def parse_policy(policy: Any) -> Preset:
-    """A spec string, a policy or a preset, as a preset.
+    """A spec string, a policy, a preset or a plan, as a preset.
 
-    In a string, ``&`` binds closer than ``|``, as in Python; parentheses group.
+    In a string, ``&`` binds closer than ``|``, as in Python; parentheses group. ``"plan.json"`` and ``"plan:FILE"`` are a plan,
+    ``"NAME-NUMBERS:FILE"`` is fitted to a calibration.
 
     Raises:
         ConfigError: an unknown name (known ones are listed), numbers that a policy refuses, or something else altogether.
     """
+    from cachekit.plan_file import FromPlan, Plan
+
     if isinstance(policy, Preset):
         return policy
     if isinstance(policy, Policy):
         return Preset(policy)
+    if isinstance(policy, Plan):
+        return FromPlan(policy)
     if not isinstance(policy, str):
-        raise ConfigError(f"policy={policy!r} is neither a spec string such as 'skip-every-2' nor a cachekit.Policy")
+        raise ConfigError(f"policy={policy!r} is neither a spec string such as 'skip-every-2' nor a cachekit.Policy or Plan")
     tokens = _TOKEN.findall(policy)
     parser = _Parser(tokens, policy, known_policies())
     result = parser.either()
@@ -100,7 +106,23 @@ class _Parser:
             return result
         if not self.tokens or self.tokens[0] in "|&)":
             raise ConfigError(f"{self.text!r} lacks a policy; write for example 'every-2 | outside-700-50'")
-        return make(self.tokens.pop(0), self.known, kind="policy", advice="join them with | or &")
+        leaf = self.tokens.pop(0)
+        if ":" in leaf or leaf.endswith(".json"):
+            return _from_file(leaf)
+        return make(leaf, self.known, kind="policy", advice="join them with | or &")
+
+
+def _from_file(leaf: str) -> Any:
+    """``plan.json``, ``plan:FILE`` or ``NAME-NUMBERS:FILE``."""
+    from cachekit.policies.calibrated import CALIBRATED
+
+    named, colon, file = leaf.partition(":")
+    if not colon:
+        named, file = "plan", leaf
+    if not file:
+        raise ConfigError(f"{leaf!r} names no file; write for example 'plan:plan.json' or 'smoothcache-0.1:calibration.json'")
+    makers = {name: functools.partial(maker, file) for name, maker in CALIBRATED.items()}
+    return make(named, makers, kind="policy from a file", advice="what takes no file goes without a colon")
 
 
 def make(leaf: str, known: Known, *, kind: str, advice: str) -> Any:

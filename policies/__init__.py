@@ -30,10 +30,12 @@ from cachekit.policies.magcache_published import magcache_published
 from cachekit.policies.moved import moved
 from cachekit.policies.outside import outside
 from cachekit.policies.pab import pab
+from cachekit.policies.planned import planned
 from cachekit.policies.scheduled import scheduled
 from cachekit.policies.since import since
 from cachekit.policies.skip_cache import skip_cache
 from cachekit.policies.skip_every import skip_every
+from cachekit.policies.smoothcache import smoothcache
 from cachekit.policies.speca import speca
 from cachekit.policies.taylorseer import taylorseer
 from cachekit.policies.teacache import teacache
@@ -66,10 +68,12 @@ __all__ = [
     "moved",
     "outside",
     "pab",
+    "planned",
     "scheduled",
     "since",
     "skip_cache",
     "skip_every",
+    "smoothcache",
     "speca",
     "tail",
     "taylorseer",
@@ -79,7 +83,8 @@ __all__ = [
 ]
 
 # Name in a spec string -> what makes the policy from the numbers behind it. magcache itself takes a
-# calibration, so that the name is that of its published ratios. scheduled and l2c take masks and have none.
+# calibration, so that the name is that of its published ratios. scheduled and l2c take masks and have none;
+# what is fitted to a calibration's file has its own (cachekit.policies.calibrated).
 POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "skip-every": skip_every,

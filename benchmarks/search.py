@@ -1,0 +1,194 @@
+"""Searched plans against every fixed schedule with as many full steps, on the shipped model and on seeds that search has not seen.
+
+    python benchmarks/search.py --out search.json        # about twenty minutes on two idle cores
+
+For each solver and site it runs all fixed schedules (``FIXED``), then searches a plan for each number of full steps at which any of
+them stood, and runs that on the same seeds. What was found is written to ``--out`` as it comes; what stands there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from defaults import variants
+from torch import Tensor
+
+import cachekit
+from cachekit.calibrate import calibrate
+from cachekit.demo import fashion
+from cachekit.demo.measure import relative_error
+from cachekit.search import search
+
+CALIBRATION_SEEDS = range(0, 8)
+REPORT_SEEDS = range(2000, 2006)
+IMAGES = 4
+SITES = ("model", "middle")
+SOLVERS = {
+    "DDIM-50": (fashion.ddim, 50),
+    "DDIM-20": (fashion.ddim, 20),
+    "DPM-Solver++(2M)-30": (fashion.dpm_solver, 30),
+}
+REUSES = ("output", "grid-taylor-1", "grid-taylor-2")
+PRESETS = ("taylorseer", "hicache", "foca")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    name: str
+    policy: Any
+    reuse: Any
+
+
+def fixed() -> Iterator[Fixed]:
+    """Schedules that look at nothing but time."""
+    for n in (2, 3, 4):
+        for variant in variants(n):
+            yield Fixed(f"{variant.name}, period {n}", variant.policy, variant.reuse)
+    for n in (2, 3, 4, 5):
+        for reuse in REUSES:
+            yield Fixed(f"every-{n} {reuse}", f"every-{n}", reuse)
+        for order in (1, 2):
+            yield Fixed(f"taylorseer-{n}-{order}", f"taylorseer-{n}-{order}", None)
+        yield Fixed(f"hicache-{n}-2", f"hicache-{n}-2", None)
+        yield Fixed(f"foca-{n}", f"foca-{n}", None)
+    for n in (2, 3):
+        for reuse in REUSES:
+            yield Fixed(f"N{n}-700-50 {reuse}", f"N{n}-700-50", reuse)
+
+
+def sample(model: Any, scheduler: Any, seeds: range, steps: int) -> Tensor:
+    """Images of several seeds in one batch, (seeds * IMAGES, 1, 28, 28): for each seed the noise and classes of ``fashion.sample``."""
+    x = torch.cat([torch.randn(IMAGES, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    labels = torch.cat([(torch.arange(IMAGES) + seed * IMAGES) % len(fashion.CLASSES) for seed in seeds])
+    scheduler.set_timesteps(steps)
+    with torch.inference_mode(), model.cachekit.session(steps=steps):
+        for t in scheduler.timesteps:
+            noise = model(x, timestep=t.expand(len(x)), class_labels=labels).sample
+            x = scheduler.step(noise, t, x).prev_sample
+    return x
+
+
+class Bench:
+    """One solver: measured errors, and the file that they are kept in."""
+
+    def __init__(self, name: str, out: Path) -> None:
+        make, self.steps = SOLVERS[name]
+        self.name, self.scheduler, self.model, self.out = name, make(), fashion.load_model(), out
+        self._full: Tensor | None = None
+
+    def run(self, policy: Any, segments: Any, reuse: Any) -> tuple[tuple[bool, ...], Tensor]:
+        """Which steps were full, and the report seeds' images."""
+        cachekit.wrap(self.model, policy, segments=segments, reuse=reuse)
+        found = sample(self.model, self.scheduler, REPORT_SEEDS, self.steps)
+        full = tuple(all(record.recomputed) for record in self.model.cachekit.stats.records)
+        cachekit.unwrap(self.model)
+        return full, found
+
+    def errors(self, found: Tensor) -> list[float]:
+        """The relative error of each seed."""
+        if self._full is None:
+            self._full = self.run("every-1", "middle", None)[1]
+        pairs = zip(found.split(IMAGES), self._full.split(IMAGES), strict=True)
+        return [relative_error(a, b) for a, b in pairs]
+
+    def fixed(self, site: str) -> list[dict[str, Any]]:
+        """Every fixed schedule; of those that do the same, the first one."""
+        rows: list[dict[str, Any]] = []
+        for each in fixed():
+            full, found = self.run(each.policy, site, each.reuse)
+            row = {"name": each.name, "full": sum(full), "errors": self.errors(found)}
+            if not any(other["full"] == row["full"] and other["errors"] == row["errors"] for other in rows):
+                rows.append({**row, "recompute": [i for i, ran in enumerate(full) if ran]})
+        return rows
+
+    def calibration(self) -> Any:
+        half = len(CALIBRATION_SEEDS) // 2
+        return calibrate(self.model, self.numbered(half), runs=2, sites=SITES)
+
+    def numbered(self, seeds: int) -> Any:
+        """``sample(run)``: each run is so many of the calibration's seeds."""
+        return lambda run: sample(self.model, self.scheduler, CALIBRATION_SEEDS[run * seeds : (run + 1) * seeds], self.steps)
+
+    def searched(self, calibration: Any, site: str, full: int, tries: int) -> dict[str, Any]:
+        half = len(CALIBRATION_SEEDS) // 2
+        front = search(calibration, self.model, self.numbered(half), budget=full, sites=[site], tries=tries)
+        plan = front.best
+        ran, found = self.run(plan, None, None)
+        return {
+            "full": sum(ran),
+            "errors": self.errors(found),
+            "recompute": list(plan.recompute),
+            "reuse": plan.reuse.model_dump(),
+            "calibration error": plan.error,
+            "generations": front.generations,
+        }
+
+
+class Kept:
+    """A JSON file of results by key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, make: Any) -> Any:
+        if key not in self.values:
+            self.values[key] = make()
+            self.path.write_text(json.dumps(self.values))
+        return self.values[key]
+
+
+def spread(errors: list[float]) -> str:
+    return f"{np.mean(errors):.5f} ± {np.std(errors, ddof=1):.5f}"
+
+
+def report(name: str, site: str, rows: list[dict[str, Any]], plans: dict[int, dict[str, Any]]) -> None:
+    print(f"\n{name}, segments={site!r}: mean error and its standard deviation over {len(REPORT_SEEDS)} seeds")
+    for full in sorted(plans):
+        rivals = [row for row in rows if row["full"] == full]
+        best = min(rivals, key=lambda row: np.mean(row["errors"]))
+        plan = plans[full]
+        wins = sum(a < b for a, b in zip(plan["errors"], best["errors"], strict=True))
+        ratio = np.mean(plan["errors"]) / np.mean(best["errors"])
+        print(
+            f"  {full:3} full  plan {spread(plan['errors'])}  best of {len(rivals):2} fixed {spread(best['errors'])} ({best['name']})"
+            f"  ratio {ratio:.2f}, better on {wins} of {len(REPORT_SEEDS)} seeds"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("search.json"))
+    parser.add_argument("--solvers", nargs="*", default=list(SOLVERS))
+    parser.add_argument("--sites", nargs="*", default=list(SITES))
+    parser.add_argument("--tries", type=int, default=24)
+    parser.add_argument("--fixed-only", action="store_true")
+    args = parser.parse_args()
+    for name in args.solvers:
+        bench = Bench(name, args.out)
+        kept = Kept(args.out.with_name(f"{args.out.stem}-{name}.json"))
+        rows = {site: kept.get(f"fixed {site}", lambda site=site: bench.fixed(site)) for site in args.sites}
+        if args.fixed_only:
+            continue
+        calibration_file = args.out.with_name(f"{args.out.stem}-{name}-calibration.json")
+        if not calibration_file.exists():
+            bench.calibration().save(calibration_file)
+        calibration = cachekit.Calibration.load(calibration_file)
+        for site in args.sites:
+            plans = {}
+            for full in sorted({row["full"] for row in rows[site]} - {bench.steps}):
+                plans[full] = kept.get(
+                    f"plan {site} {full}", lambda site=site, full=full: bench.searched(calibration, site, full, args.tries)
+                )
+            report(name, site, rows[site], plans)
+
+
+if __name__ == "__main__":
+    main()

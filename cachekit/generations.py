@@ -1,0 +1,100 @@
+"""Run a user's sampler under a policy, and compare what comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachekit.adapter import Adapter
+from cachekit.errors import ConfigError
+from cachekit.tree import tensors
+from cachekit.wrap import unwrap, wrap
+
+# sample(run) runs one whole generation of a numbered run, and returns its final sample.
+Sample = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A generation: its final sample, flat and in double precision, its seconds, and the share of blocks that ran."""
+
+    sample: Tensor
+    seconds: float
+    blocks: float
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with what samples from it.
+
+    Args:
+        model: called by ``sample``; wrapped while something runs, and unwrapped afterwards.
+        sample: runs a numbered run from its noise to its sample: the same for the same number.
+        adapter: as in ``wrap``.
+    """
+
+    model: nn.Module
+    sample: Sample
+    adapter: Adapter | str | None = None
+
+    def wrap(self, policy: Any, segments: Any = None, reuse: Any = None) -> None:
+        """Wrap the model, for ``call``."""
+        wrap(self.model, policy, segments=segments, reuse=reuse, adapter=self.adapter)
+
+    def unwrap(self) -> None:
+        """Take the cache off again."""
+        unwrap(self.model)
+
+    def call(self, run: int) -> Outcome:
+        """Run one generation under what the model is wrapped with.
+
+        Raises:
+            ConfigError: it returned no tensor, or was not one generation.
+        """
+        handle: Any = self.model.__dict__["cachekit"]
+        handle.reset()
+        begun = time.perf_counter()
+        with torch.no_grad():
+            result = self.sample(run)
+        seconds = time.perf_counter() - begun
+        found = [tensor.detach().double().flatten() for _, tensor in tensors(result) if tensor.is_floating_point()]
+        if not found:
+            raise ConfigError(f"sample({run}) returned {type(result).__name__}; return the final sample as a tensor (of latents, say)")
+        stats = handle.stats
+        if stats.generations != 1:
+            raise ConfigError(
+                f"sample({run}) began {stats.generations} generations; run one from its noise to its sample, with this model, within "
+                "model.cachekit.session(steps=...) where the samples could be taken for several"
+            )
+        return Outcome(torch.cat(found), seconds, stats.blocks_run / stats.blocks_total if stats.blocks_total else 1.0)
+
+
+def relative(x: Tensor, full: Tensor) -> Tensor:
+    """(x - full) / |full|; its norm is the relative error.
+
+    Raises:
+        ConfigError: they have different sizes, or the full one is nothing to compare with.
+    """
+    if x.shape != full.shape:
+        raise ConfigError(f"two samples of one run have {full.numel()} and {x.numel()} elements; sample(run) must depend on its run alone")
+    norm = torch.linalg.vector_norm(full)
+    if not bool(torch.isfinite(norm)) or float(norm) == 0.0:
+        raise ConfigError("the uncached sample is zero or not finite, so that no error is relative to it; see that sample(run) works")
+    return (x - full) / norm
+
+
+def check_runs(runs: int | Sequence[int]) -> tuple[int, ...]:
+    """Numbers of runs, as a count or a list.
+
+    Raises:
+        ConfigError: there is none, or one twice.
+    """
+    found = tuple(range(runs)) if isinstance(runs, int) else tuple(runs)
+    if not found or len(set(found)) < len(found):
+        raise ConfigError(f"runs={runs!r}: give how many there are, at least one, or their numbers, each once")
+    return found
