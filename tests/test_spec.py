@@ -19,9 +19,11 @@ from cachekit.policies import (
     change,
     dbcache,
     delta_dit,
+    duca,
     easycache,
     error_budget,
     every,
+    fastercache,
     first,
     first_block,
     foca,
@@ -39,12 +41,13 @@ from cachekit.policies import (
     tail,
     taylorseer,
     tgate,
+    toca,
 )
 from cachekit.policies.adacache import CODEBOOK, paced
 from cachekit.policies.delta_dit import stage
 from cachekit.policies.easycache import predicted
 from cachekit.policies.pab import broadcast
-from cachekit.policies.reuses import Bdf, Hermite, TaylorSeer
+from cachekit.policies.reuses import Bdf, Hermite, Mix, TaylorSeer, Tokens
 from cachekit.policies.speca import verified
 from cachekit.policy import AllOf, AnyOf, Policy, Preset
 from cachekit.reuse import Forecast, parse_reuse
@@ -94,6 +97,9 @@ PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
     ("dbcache", dbcache(8, 0, 0.08), first(8) | front_change(0.08, pooled=True), (8, None), "residual"),
     ("dbcache-2-1-0.2", dbcache(2, 1, 0.2), first(8) | front_change(0.2, pooled=True), (2, -1), "residual"),
     ("fora-4", fora(4), every(4) | last(1), "modules", "output"),
+    ("toca-3-0.07", toca(3, 0.07), every(3), "modules", Tokens(0.07, period=3)),
+    ("duca-4-0.05", duca(4, 0.05), every(4), "modules", Tokens(0.05, by="random", period=4, alternate=True)),
+    ("fastercache", fastercache(2, 681), broadcast(2, 681, -1), "attn", Mix()),
     ("pab", pab(2, 3, 6, 800, 100), broadcast(2, 800, 100), PAB, "output"),
     ("tgate-20-2", tgate(20, 2), first(20), TGATE, "output"),
     ("taylorseer-5", taylorseer(5, 1), first(3) | at_most(4), "all", TaylorSeer(1, axis="grid")),
