@@ -31,30 +31,30 @@ POINTS = 7  # of the landscape's grid in each direction; odd, so that the origin
 
 @dataclass(frozen=True)
 class Smoothness:
-    """What was measured of one model; lists have one entry for each seed."""
+    """What was measured of one model; lists have one entry for each seed, landscapes a list for each radius."""
 
     name: str
     dynamics: list[Dynamics]
-    landscapes: list[Values]
+    landscapes: dict[float, list[Values]]
 
     def per_seed(self, kind: str, blocks: slice = slice(None)) -> Values:
         """Mean over samples, steps and the chosen blocks of ``"change"`` or ``"cosine"``, shape (seeds,)."""
         return np.array([getattr(found, kind)[:, :, blocks].mean() for found in self.dynamics])
 
-    @property
-    def rim(self) -> Values:
+    def edge(self, radius: float) -> Values:
         """Mean cosine on the edge of the landscape's grid, shape (seeds,)."""
-        edge = np.ones((POINTS, POINTS), dtype=bool)
-        edge[1:-1, 1:-1] = False
-        return np.array([found[edge].mean() for found in self.landscapes])
+        outermost = np.ones((POINTS, POINTS), dtype=bool)
+        outermost[1:-1, 1:-1] = False
+        return np.array([found[outermost].mean() for found in self.landscapes[radius]])
 
 
-def measure(target: Target, calls: Sequence[Call], args: argparse.Namespace) -> Smoothness:
+def measure(name: str, target: Target, calls: Sequence[Call], args: argparse.Namespace) -> Smoothness:
     """Everything of one model, on noise seeds 0, 1, ... and as many direction seeds."""
     model, solver = cachekit.unwrap(target.model), target.solvers[0]
     found = [dynamics(model, lambda seed=seed: solver.run(seed, args.steps)) for seed in range(args.seeds)]
-    grid = np.linspace(-args.radius, args.radius, POINTS)
-    return Smoothness(target.name, found, [landscape(model, calls, seed, grid.tolist()) for seed in range(args.seeds)])
+    grids = {radius: np.linspace(-radius, radius, POINTS).tolist() for radius in args.radius}
+    landscapes = {radius: [landscape(model, calls, seed, grid) for seed in range(args.seeds)] for radius, grid in grids.items()}
+    return Smoothness(name, found, landscapes)
 
 
 def said(values: Values) -> str:
@@ -62,16 +62,18 @@ def said(values: Values) -> str:
     return f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" if len(values) > 1 else f"{values.mean():.4f}"
 
 
-def lines(models: Sequence[Smoothness], radius: float) -> list[str]:
+def lines(models: Sequence[Smoothness]) -> list[str]:
     """The figures as a table in text."""
     depth = len(models[0].dynamics[0].blocks)
     halves = {"all blocks": slice(None), "early half": slice(0, depth // 2), "late half": slice(depth // 2, None)}
-    made = [f"{'':44}" + "".join(f"{model.name[:30]:>32}" for model in models)]
+    made = [f"{'':48}" + "".join(f"{model.name[-22:]:>24}" for model in models)]
     for title, kind in (("relative change from step to step", "change"), ("cosine from step to step", "cosine")):
         for where, blocks in halves.items():
-            made.append(f"{f'{title}, {where}':44}" + "".join(f"{said(model.per_seed(kind, blocks)):>32}" for model in models))
-    title = f"cosine, weights perturbed (edge, {radius:g})"
-    return [*made, f"{title:44}" + "".join(f"{said(model.rim):>32}" for model in models)]
+            made.append(f"{f'{title}, {where}':48}" + "".join(f"{said(model.per_seed(kind, blocks)):>24}" for model in models))
+    for radius in models[0].landscapes:
+        title = f"cosine, weights perturbed (edge, {radius:g})"
+        made.append(f"{title:48}" + "".join(f"{said(model.edge(radius)):>24}" for model in models))
+    return made
 
 
 def draw_dynamics(models: Sequence[Smoothness], path: Path) -> None:
@@ -90,17 +92,20 @@ def draw_dynamics(models: Sequence[Smoothness], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_landscapes(models: Sequence[Smoothness], radius: float, path: Path) -> None:
-    """Mean cosine over the two directions, on one scale."""
+def draw_landscapes(models: Sequence[Smoothness], path: Path) -> None:
+    """Mean cosine over the two directions, a row for each radius, on one scale."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4.2), squeeze=False, layout="constrained")
-    means = [np.mean(model.landscapes, axis=0) for model in models]
-    ends = (-radius, radius, -radius, radius)
-    for axis, model, mean in zip(axes[0], models, means, strict=True):
-        image = axis.imshow(mean.T, vmin=min(each.min() for each in means), vmax=1, extent=ends, origin="lower", cmap="viridis")
-        axis.set(title=model.name, xlabel="a", ylabel="b")
-    figure.colorbar(image, ax=axes[0], label="cosine with the original prediction")
+    radii = list(models[0].landscapes)
+    size = (5 * len(models), 4.2 * len(radii))
+    figure, axes = pyplot.subplots(len(radii), len(models), figsize=size, squeeze=False, layout="constrained")
+    for row, radius in zip(axes, radii, strict=True):
+        means = [np.mean(model.landscapes[radius], axis=0) for model in models]
+        ends, low = (-radius, radius, -radius, radius), min(each.min() for each in means)
+        for axis, model, mean in zip(row, models, means, strict=True):
+            image = axis.imshow(mean.T, vmin=low, vmax=1, extent=ends, origin="lower", cmap="viridis")
+            axis.set(title=model.name, xlabel="a", ylabel="b")
+        figure.colorbar(image, ax=row, label="cosine with the original prediction")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -108,7 +113,7 @@ def draw_landscapes(models: Sequence[Smoothness], radius: float, path: Path) -> 
 def as_json(model: Smoothness) -> dict[str, Any]:
     """Every figure: for each seed, the mean over samples of each block and step, and the whole landscape."""
     found = [{"change": each.change.mean(0).tolist(), "cosine": each.cosine.mean(0).tolist()} for each in model.dynamics]
-    landscapes = [each.tolist() for each in model.landscapes]
+    landscapes = {str(radius): [each.tolist() for each in values] for radius, values in model.landscapes.items()}
     return {"name": model.name, "blocks": model.dynamics[0].blocks, "dynamics": found, "landscapes": landscapes}
 
 
@@ -121,19 +126,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=4, help="calls of a generation on which predictions are compared")
-    parser.add_argument("--radius", type=float, default=1.0, help="largest a and b; 1 is a perturbation as large as the weights")
+    parser.add_argument(
+        "--radius", type=float, nargs="+", default=[0.1, 1.0], help="largest a and b; 1 is a perturbation as large as the weights"
+    )
     parser.add_argument("--out", type=Path, default=Path("smoothness"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     targets = [find_target(name, args.images) for name in (args.plain, args.skips)]
     first = targets[0]
     calls = recorded(cachekit.unwrap(first.model), lambda: first.solvers[0].run(0, args.steps), args.calls)
-    models = [measure(target, calls, args) for target in targets]
-    print("\n".join(lines(models, args.radius)))
+    models = [measure(name, target, calls, args) for name, target in zip((args.plain, args.skips), targets, strict=True)]
+    print("\n".join(lines(models)))
     written = {"steps": args.steps, "seeds": args.seeds, "radius": args.radius, "calls": args.calls}
     (args.out / "smoothness.json").write_text(json.dumps({**written, "models": [as_json(model) for model in models]}, indent=1))
     draw_dynamics(models, args.out / "dynamics.png")
-    draw_landscapes(models, args.radius, args.out / "landscape.png")
+    draw_landscapes(models, args.out / "landscape.png")
 
 
 if __name__ == "__main__":

@@ -178,12 +178,13 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.chdir(tmp_path)
     script = imported(monkeypatch, "benchmarks", "smoothness")
     monkeypatch.syspath_prepend(str(tmp_path))
-    options = ("--steps", 4, "--seeds", 2, "--calls", 2, "--radius", 0.5, "--out", "out")
+    options = ("--steps", 4, "--seeds", 2, "--calls", 2, "--radius", 0.5, 0.1, "--out", "out")
     run(monkeypatch, script, "--plain", "smooth_targets:plain", "--skips", "smooth_targets:skips", *options)
     written = json.loads((tmp_path / "out" / "smoothness.json").read_text())
     plain, skips = written["models"]
-    assert np.shape(plain["dynamics"][1]["change"]) == (3, 4) and np.shape(skips["landscapes"]) == (2, 7, 7)
-    assert plain["landscapes"][0][3][3] == 1.0 == skips["landscapes"][1][3][3]
+    assert np.shape(plain["dynamics"][1]["change"]) == (3, 4) and np.shape(skips["landscapes"]["0.5"]) == (2, 7, 7)
+    assert plain["landscapes"]["0.5"][0][3][3] == 1.0 == skips["landscapes"]["0.1"][1][3][3]
+    assert np.mean(plain["landscapes"]["0.5"]) < np.mean(plain["landscapes"]["0.1"]) < 1.0
     assert plain["dynamics"][0] != plain["dynamics"][1] and plain["dynamics"] != skips["dynamics"]
     mean = np.mean([np.mean(each["change"]) for each in plain["dynamics"]])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("relative change from step to step, all"))
