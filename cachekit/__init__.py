@@ -30,9 +30,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
-    "Budget",
     "Amplification",
     "Audit",
+    "Budget",
     "CachekitError",
     "Calibration",
     "Comparison",

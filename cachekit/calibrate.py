@@ -50,7 +50,9 @@ class _Job:
         if run not in self.full:
             self.full[run] = sample
         if float(torch.linalg.vector_norm(relative(sample, self.full[run]))) > SAME:
-            raise ConfigError(f"two uncached calls of sample({run}) gave different samples; start each from the noise of its run alone")
+            raise ConfigError(
+                f"two uncached calls of sample({run}) gave different samples; start each from the noise of its run alone"
+            )
         times = found.check()
         if self.timesteps and times != self.timesteps:
             raise ConfigError("two runs had different timesteps; sample every run with one scheduler and one number of steps")
@@ -117,7 +119,7 @@ def calibrate(
     return Calibration(model=Fingerprint.of(model), timesteps=job.timesteps, runs=numbers, sites=found, **stack)
 
 
-def _stack(job: _Job) -> dict[str, tuple[float, ...]]:
+def _stack(job: _Job) -> dict[str, Any]:
     """MagCache's ratios, and TeaCache's pairs."""
     ratios, inputs, outputs = [], list[float](), list[float]()
     for run in job.runs:
@@ -141,7 +143,7 @@ def _site(job: _Job, specs: tuple[SegmentSpec, ...]) -> SiteRecord:
         found = job.record(run, Listening() if probing else every(1), segments, HELD)
         if not found.values:
             raise ConfigError(f"segments={segments} cover nothing of this model; see cachekit.graph for what it has")
-        grams.append(sum(gram(values) for values in found.values.values()))
+        grams.append(np.sum([gram(values) for values in found.values.values()], axis=0))
         curves.append(np.mean([lookahead(values, LOOKAHEAD) for values in found.values.values()], axis=0))
         seen += [states[0] for states in found.states.values() if probing]
     responses = [job.response(i, segments) for i in range(1, len(job.timesteps))]

@@ -64,12 +64,14 @@ class Sampler:
         seconds = time.perf_counter() - begun
         found = [tensor.detach().double().flatten() for _, tensor in tensors(result) if tensor.is_floating_point()]
         if not found:
-            raise ConfigError(f"sample({run}) returned {type(result).__name__}; return the final sample as a tensor (of latents, say)")
+            raise ConfigError(
+                f"sample({run}) returned {type(result).__name__}; return the final sample as a tensor (of latents, say)"
+            )
         stats = handle.stats
         if stats.generations != 1:
             raise ConfigError(
-                f"sample({run}) began {stats.generations} generations; run one from its noise to its sample, with this model, within "
-                "model.cachekit.session(steps=...) where the samples could be taken for several"
+                f"sample({run}) began {stats.generations} generations; run one from its noise to its sample, with this model, "
+                "within model.cachekit.session(steps=...) where the samples could be taken for several"
             )
         return Outcome(torch.cat(found), seconds, stats.blocks_run / stats.blocks_total if stats.blocks_total else 1.0)
 
@@ -81,11 +83,16 @@ def relative(x: Tensor, full: Tensor) -> Tensor:
         ConfigError: they have different sizes, or the full one is nothing to compare with.
     """
     if x.shape != full.shape:
-        raise ConfigError(f"two samples of one run have {full.numel()} and {x.numel()} elements; sample(run) must depend on its run alone")
+        raise ConfigError(
+            f"two samples of one run have {full.numel()} and {x.numel()} elements; sample(run) must depend on its run alone"
+        )
     norm = torch.linalg.vector_norm(full)
     if not bool(torch.isfinite(norm)) or float(norm) == 0.0:
-        raise ConfigError("the uncached sample is zero or not finite, so that no error is relative to it; see that sample(run) works")
-    return (x - full) / norm
+        raise ConfigError(
+            "the uncached sample is zero or not finite, so that no error is relative to it; see that sample(run) works"
+        )
+    found: Tensor = (x - full) / norm
+    return found
 
 
 def check_runs(runs: int | Sequence[int]) -> tuple[int, ...]:

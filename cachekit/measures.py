@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -46,12 +47,12 @@ def lookahead(values: Sequence[Tensor], reach: int) -> Matrix:
 
 def changes(values: Sequence[Tensor]) -> Matrix:
     """mean|z_i - z_(i-1)| / mean|z_(i-1)|, (n,); NaN for the first. The change that TeaCache looks at (arXiv 2411.19108, eq. 4)."""
-    found = [(now.double() - then.double()).abs().mean() / then.double().abs().mean() for then, now in zip(values, values[1:], strict=False)]
+    found = [(now.double() - then.double()).abs().mean() / then.double().abs().mean() for then, now in pairwise(values)]
     return np.concatenate([[np.nan], torch.stack(found).cpu().numpy() if found else []])
 
 
 def norm_ratios(values: Sequence[Tensor]) -> Matrix:
     """Mean over the tokens of |z_i| / |z_(i-1)|, norms over the last axis, (n,); 1 for the first (MagCache, arXiv 2506.09045)."""
     norms = [torch.linalg.vector_norm(value.double(), dim=-1) for value in values]
-    found = [(now / then).mean() for then, now in zip(norms, norms[1:], strict=False)]
+    found = [(now / then).mean() for then, now in pairwise(norms)]
     return np.concatenate([[1.0], torch.stack(found).cpu().numpy() if found else []])

@@ -115,7 +115,9 @@ class ReuseSpec(BaseModel):
         """
         made = parse_reuse(reuse)
         if type(made) is not Forecast or callable(made.axis):
-            raise ConfigError(f"reuse={reuse!r} can't be kept in a file; use 'output', 'residual', 'taylor-K' or a Forecast along t or the grid")
+            raise ConfigError(
+                f"reuse={reuse!r} can't be kept in a file; use 'output', 'residual', 'taylor-K' or a Forecast along t or the grid"
+            )
         return cls(order=made.order, beta=made.beta, bound=made.bound, axis=made.axis)
 
     def reuse(self) -> Reuse:
@@ -175,7 +177,8 @@ class Plan(BaseModel):
         Raises:
             ConfigError: there is none, or it is no plan.
         """
-        return read_model(cls, path, "plan", "cachekit.search")
+        found: Plan = read_model(cls, path, "plan", "cachekit.search")
+        return found
 
     def __str__(self) -> str:
         full = set(self.recompute)
@@ -211,4 +214,3 @@ def read_model(cls: type[Any], path: Where, what: str, maker: str) -> Any:
         raise ConfigError(f"there is no {what} to read at {os.fspath(path)!r}: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{os.fspath(path)!r} is no {what}; make one with {maker}: {error}") from error
-

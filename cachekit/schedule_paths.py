@@ -41,7 +41,9 @@ class Paths:
         layer: _Layer = {(0,): ((0.0, 0.0), None)}
         layers, found = [layer], dict[int, Nodes]()
         while True:
-            ends = [(self._join(value, tail), nodes) for nodes, (value, _) in layer.items() if (tail := self._tail(nodes)) is not None]
+            ends = [
+                (self._join(value, tail), nodes) for nodes, (value, _) in layer.items() if (tail := self._tail(nodes)) is not None
+            ]
             if ends:
                 found[len(layers)] = _trace(layers, min(ends)[1])
             if len(layers) >= min(most, self.n):

@@ -184,7 +184,9 @@ class _Finder:
             for candidate in around:
                 tries -= 1
                 tried.add(candidate)
-                if self.trials.error(candidate, 1) < self.trials.error(best, 1) and self.trials.error(candidate) < self.trials.error(best):
+                if self.trials.error(candidate, 1) < self.trials.error(best, 1) and self.trials.error(
+                    candidate
+                ) < self.trials.error(best):
                     better = candidate
                     break
                 if tries <= 0:
@@ -197,7 +199,9 @@ class _Finder:
 
 def _neighbours(best: Candidate, models: dict[Forecast, ErrorModel]) -> list[Candidate]:
     """The same schedule with other reuses, then schedules with one recompute moved, best by prediction first."""
-    model = models.get(best.reuse) or models.get(replace(best.reuse, beta=0.0, axis="grid", bound=5.0)) or next(iter(models.values()))
+    model = (
+        models.get(best.reuse) or models.get(replace(best.reuse, beta=0.0, axis="grid", bound=5.0)) or next(iter(models.values()))
+    )
     others = [replace(best, reuse=replace(best.reuse, **changes)) for changes in VARIANTS]
     near = sorted({*moves(best.recompute, model.n, 3)}, key=model.predict)
     return [c for c in others if c != best] + [replace(best, recompute=recompute) for recompute in near]

@@ -107,7 +107,7 @@ def draw_log(path: Where, picture: Where) -> None:
     figure.savefig(picture, dpi=100, format="png")
 
 
-def progress_bar(total: int, start: int, wanted: bool) -> Any:
+def progress_bar(total: int | None, start: int, wanted: bool) -> Any:
     """A bar of tqdm; None where it is not wanted, or tqdm is not installed."""
     try:
         return importlib.import_module("tqdm").tqdm(total=total, initial=start, unit="step") if wanted else None

@@ -46,6 +46,6 @@ class planned(Policy[None]):
             return
         here = f"timestep {k} of the plan is {times[k]:g}" if k < len(times) else f"the plan has only {len(times)} timesteps"
         raise ConfigError(
-            f"this plan was made for another schedule: {here}, and step {step.i} is at t = {step.t:g}; sample with the scheduler and "
-            f"the number of steps that it was made with ({len(times)} timesteps from {times[0]:g} to {times[-1]:g}), or search again"
+            f"this plan was made for another schedule: {here}, and step {step.i} is at t = {step.t:g}; sample with the scheduler "
+            f"and the number of steps of the plan ({len(times)} timesteps from {times[0]:g} to {times[-1]:g}), or search again"
         )
