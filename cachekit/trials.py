@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cachekit.calibration import Calibration
 from cachekit.candidates import Candidate
+from cachekit.errors import ConfigError
 from cachekit.generations import Sampler, relative
 from cachekit.plan_file import Plan, ReuseSpec
 from cachekit.policies.every import every
@@ -52,7 +53,14 @@ class Trials:
             full, segments = self.full(run), [spec.segment() for spec in self.calibration.site(candidate.site).segments]
             # A plan for another schedule is refused at the first step that is not the calibration's.
             self.sampler.wrap(planned(candidate.recompute, self.calibration.timesteps), segments, candidate.reuse)
-            outcome = self.sampler.call(run)
+            try:
+                outcome = self.sampler.call(run)
+            except ConfigError:
+                # Not every site has a residual: a prediction with learned variances is no sample's shape.
+                if not candidate.reuse.beta:
+                    raise
+                self._errors[key] = float("inf")
+                return self._errors[key]
             error = float(torch.linalg.vector_norm(relative(outcome.sample, full)))
             # One that ran away to infinity is as bad as can be, and must sort as such.
             self._errors[key] = error if np.isfinite(error) else float("inf")

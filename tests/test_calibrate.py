@@ -1,0 +1,247 @@
+"""Calibrations: every figure against a loop over values that forward hooks caught, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calibrating import STEPS, grid, sampling, small
+from torch import Tensor
+
+import cachekit
+import cachekit.demo.fashion
+import cachekit.policies
+from cachekit import Calibration, Forecast
+from cachekit.error_model import ErrorModel
+from cachekit.policies.planned import planned
+from cachekit.policies.smoothcache import greedy, smoothcache
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small()
+
+
+@pytest.fixture(scope="module")
+def calibration(model: Any) -> Calibration:
+    return cachekit.calibrate(model, sampling(model), runs=2, sites=("model", "middle", "attn", "mlp"), progress=False)
+
+
+def caught(model: Any, path: str, run: int = 0, *, entering: bool = False) -> list[Tensor]:
+    """What a module returned (or took in) at each step of an uncached run."""
+    found: list[Tensor] = []
+    taken = model.get_submodule(path).register_forward_pre_hook if entering else model.get_submodule(path).register_forward_hook
+
+    def note(module: Any, args: Any, kwargs: Any, *result: Any) -> None:
+        value = next(iter([*args, *kwargs.values()])) if entering else result[0]
+        found.append(getattr(value, "sample", value).double())
+
+    handle = taken(note, with_kwargs=True)
+    try:
+        sampling(model)(run)
+    finally:
+        handle.remove()
+    return found
+
+
+def relative(sample: Tensor, full: Tensor) -> float:
+    return float((sample - full).double().norm() / full.double().norm())
+
+
+def test_it_leaves_the_model_as_it_was(model: Any, calibration: Calibration) -> None:
+    assert "cachekit" not in model.__dict__ and "forward" not in model.__dict__
+    assert calibration.timesteps == grid() and calibration.runs == (0, 1)
+
+
+def test_inner_products_of_values(model: Any, calibration: Calibration) -> None:
+    """Of the middle, which ends with block 4, over both runs."""
+    wanted = np.zeros((STEPS, STEPS))
+    for run in (0, 1):
+        values = caught(model, "transformer_blocks.4", run)
+        wanted += [[float((a * b).sum()) / 2 for b in values] for a in values]
+    assert np.allclose(calibration.site("middle").gram, wanted, rtol=1e-9)
+
+
+def test_smoothcaches_curve(model: Any, calibration: Calibration) -> None:
+    """The mean over all attentions and runs of Σ|held - true| / Σ|true|."""
+    for name, path in (("attn", "attn1"), ("mlp", "ff")):
+        curve = calibration.site(name).lookahead
+        for k in (1, 2, 3):
+            for i in range(STEPS):
+                if i + k >= STEPS:
+                    assert curve[k - 1][i] is None
+                    continue
+                errors = []
+                for run in (0, 1):
+                    for block in range(6):
+                        values = caught_once(model, f"transformer_blocks.{block}.{path}", run)
+                        errors.append(float((values[i] - values[i + k]).abs().sum() / values[i + k].abs().sum()))
+                assert curve[k - 1][i] == pytest.approx(np.mean(errors), rel=1e-9)
+
+
+_ONCE: dict[tuple[int, str, int], list[Tensor]] = {}
+
+
+def caught_once(model: Any, path: str, run: int) -> list[Tensor]:
+    key = id(model), path, run
+    if key not in _ONCE:
+        _ONCE[key] = caught(model, path, run)
+    return _ONCE[key]
+
+
+def test_magcaches_ratios(model: Any, calibration: Calibration) -> None:
+    """Norms over the width of the stack's residual, their ratio's mean over tokens, images and runs."""
+    wanted = np.zeros(STEPS)
+    for run in (0, 1):
+        ends, starts = caught(model, "transformer_blocks.5", run), caught(model, "transformer_blocks.0", run, entering=True)
+        norms = [(end - start).norm(dim=-1) for end, start in zip(ends, starts, strict=True)]
+        wanted += [1.0 / 2, *(float((now / then).mean()) / 2 for then, now in zip(norms, norms[1:], strict=False))]
+    # Residuals are stored in single precision, as differences of tensors of size 1: off by 1e-7 each.
+    assert np.allclose(calibration.ratios, wanted, rtol=1e-4)
+
+
+def test_teacaches_pairs_and_polynomial(model: Any, calibration: Calibration) -> None:
+    """Changes of what enters the first attention, and of the prediction."""
+    pairs: tuple[list[float], list[float]] = ([], [])
+    for run in (0, 1):
+        entering, leaving = caught(model, "transformer_blocks.0.attn1", run, entering=True), caught(model, "", run)
+        for found, values in zip(pairs, (entering, leaving), strict=True):
+            found += [float((b - a).abs().mean() / a.abs().mean()) for a, b in zip(values, values[1:], strict=False)]
+    assert np.allclose(calibration.input_changes, pairs[0], rtol=1e-6)
+    assert np.allclose(calibration.output_changes, pairs[1], rtol=1e-6)
+    assert calibration.teacache_coefficients(2) == pytest.approx(np.polyfit(*pairs, 2), rel=1e-3)
+    assert calibration.threshold("input", 50) == pytest.approx(np.median(pairs[0]), rel=1e-6)
+
+
+def test_percentiles_of_signals(model: Any, calibration: Calibration) -> None:
+    """``change`` from step to step, as the policy of that name sees it: of the first block's residual."""
+    seen = []
+    for i in range(1, STEPS):
+        steps = []
+        for run in (0, 1):
+            ends, starts = (
+                caught_once(model, "transformer_blocks.0", run),
+                caught(model, "transformer_blocks.0", run, entering=True),
+            )
+            # One decision for the batch follows the sample that changes most.
+            residuals = [end - start for end, start in zip(ends, starts, strict=True)]
+            then, now = residuals[i - 1], residuals[i]
+            steps.append(max(float((now[g] - then[g]).abs().mean() / then[g].abs().mean()) for g in range(2)))
+        seen.append(np.mean(steps))
+    for percentile in (0, 25, 100):
+        assert calibration.threshold("change", percentile) == pytest.approx(np.percentile(seen, percentile), rel=1e-4)
+
+
+def test_what_one_reused_step_costs(model: Any, calibration: Calibration) -> None:
+    """Forecast to order 1 where there are two values, held at the second step: run here by a schedule of all other steps."""
+    full = sampling(model)(0)
+    response = calibration.site("middle").response
+    for i in range(1, STEPS):
+        policy = planned(tuple(k for k in range(STEPS) if k != i), grid())
+        cachekit.wrap(model, policy, segments="middle", reuse=Forecast(order=1, axis="grid"))
+        error = relative(sampling(model)(0), full)
+        cachekit.unwrap(model)
+        assert response[i][i] ** 0.5 == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("reuse", [Forecast(axis="grid"), Forecast(order=1, axis="grid"), Forecast(order=2, axis="t")])
+def test_errors_of_values_are_foretold_exactly(model: Any, calibration: Calibration, reuse: Forecast) -> None:
+    """With the values of two runs, |Σ w_j z_j - z_i| / |z_i| follows from their inner products."""
+    told = ErrorModel(calibration.site("middle"), reuse, grid())
+    values = [torch.cat([a.flatten(), b.flatten()]) for a, b in zip(*(caught(model, "transformer_blocks.4", r) for r in (0, 1)))]
+    for last, i in (((0,), 2), ((3, 1), 4), ((4, 2, 1), 6)):
+        used = last[: reuse.length]
+        times = [grid()[k] if reuse.axis == "t" else float(k) for k in (*used, i)]
+        weights = reuse.weights(times[:-1], times[-1])
+        forecast = sum(weight * values[k] for weight, k in zip(weights, used, strict=False))
+        assert told.local(last, i) == pytest.approx(relative(forecast, values[i]), rel=1e-5)
+
+
+def test_smoothcache_is_greedy() -> None:
+    """From each recompute on, as far as the curve stays under alpha; by hand."""
+    curve = ((0.05, 0.2, 0.05, 0.05, 0.05, None), (0.09, 0.3, 0.09, 0.2, None, None), (0.2, 0.4, 0.09, None, None, None))
+    assert greedy(curve, 0.1) == (0, 3, 5)
+    assert greedy(curve, 0.01) == (0, 1, 2, 3, 4, 5)
+    assert greedy(curve, 1.0) == (0, 4)
+
+
+def test_smoothcache_holds_each_kind_by_its_own_curve(model: Any, calibration: Calibration, tmp_path: Path) -> None:
+    """Against a loop that replaces modules' outputs by the last computed ones, on the very schedule; bit for bit."""
+    alpha = float(np.median([e for row in calibration.site("attn").lookahead for e in row if e is not None]))
+    schedules = {path: greedy(calibration.site(name).lookahead, alpha) for name, path in (("attn", "attn1"), ("mlp", "ff"))}
+    assert any(len(schedule) < STEPS for schedule in schedules.values())
+    calibration.save(tmp_path / "c.json")
+    cachekit.wrap(model, f"smoothcache-{alpha!r}:{tmp_path / 'c.json'}")
+    found = sampling(model)(5)
+    cachekit.unwrap(model)
+    handles, calls, stored = [], dict[str, int](), dict[str, Tensor]()
+    for block in range(6):
+        for kind, schedule in schedules.items():
+            path = f"transformer_blocks.{block}.{kind}"
+
+            def hold(module: Any, args: Any, result: Tensor, path: str = path, schedule: tuple[int, ...] = schedule) -> Tensor:
+                i = calls[path] = calls.get(path, -1) + 1
+                if i in schedule:
+                    stored[path] = result
+                return stored[path]
+
+            handles.append(model.get_submodule(path).register_forward_hook(hold))
+    expected = sampling(model)(5)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(found, expected)
+
+
+def test_files(calibration: Calibration, tmp_path: Path) -> None:
+    calibration.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == calibration
+    with pytest.raises(cachekit.ConfigError, match="there is no calibration to read"):
+        Calibration.load(tmp_path / "other.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(cachekit.ConfigError, match="is no calibration"):
+        Calibration.load(tmp_path / "bad.json")
+
+
+def test_fitted_policies_by_name(model: Any, calibration: Calibration, tmp_path: Path) -> None:
+    """They equal the same policies with the calibration's numbers written out."""
+    file = tmp_path / "c.json"
+    calibration.save(file)
+    written = {
+        f"magcache-0.1:{file}": cachekit.policies.magcache(calibration.ratios, grid(), 0.1),
+        f"teacache-0.3:{file}": cachekit.policies.teacache(0.3, coefficients=calibration.teacache_coefficients()),
+        f"change-percentile-60:{file}": cachekit.policies.change(calibration.threshold("change", 60)),
+        f"smoothcache-0.2:{file}": smoothcache(calibration, 0.2),
+    }
+    for spec, policy in written.items():
+        records, samples = [], []
+        for each in (spec, policy):
+            cachekit.wrap(model, each)
+            with model.cachekit.session(steps=STEPS):
+                samples.append(sampling(model)(3))
+            records.append([(record.recomputed, record.modules) for record in model.cachekit.stats.records])
+            cachekit.unwrap(model)
+        assert records[0] == records[1] and torch.equal(*samples)
+
+
+def test_what_is_refused(model: Any, calibration: Calibration, tmp_path: Path) -> None:
+    runs = iter(range(100))
+    with pytest.raises(cachekit.ConfigError, match="start each from the noise of its run alone"):
+        cachekit.calibrate(model, lambda run: sampling(model)(next(runs)), runs=1, progress=False)
+    with pytest.raises(cachekit.ConfigError, match="had different timesteps"):
+        cachekit.calibrate(model, lambda run: sampling(model, 4 + run)(run), runs=2, progress=False)
+    with pytest.raises(cachekit.ConfigError, match="return the final sample as a tensor"):
+        cachekit.calibrate(model, lambda run: None, runs=1, progress=False)
+    with pytest.raises(cachekit.ConfigError, match="give how many there are"):
+        cachekit.calibrate(model, sampling(model), runs=0, progress=False)
+    with pytest.raises(cachekit.ConfigError, match="give one of 0"):
+        calibration.threshold("change", 101)
+    with pytest.raises(cachekit.ConfigError, match="was not calibrated"):
+        calibration.threshold("change", 10, site="all")
+    other = cachekit.demo.fashion.new_model()
+    calibration.save(tmp_path / "c.json")
+    with pytest.raises(cachekit.ConfigError, match="made for another model"):
+        cachekit.wrap(other, f"smoothcache-0.1:{tmp_path / 'c.json'}")
+    assert "cachekit" not in model.__dict__

@@ -1,0 +1,109 @@
+"""Searches: what they return is what its plans do, within the budget, and no worse than the schedules they started from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from calibrating import STEPS, grid, sampling, small
+
+import cachekit
+import cachekit.policies
+from cachekit import Budget, Calibration, Forecast
+from cachekit.candidates import ranked
+from cachekit.error_model import ErrorModel
+
+SITES = ("model", "middle")
+REUSES = (Forecast(axis="grid"), Forecast(order=1, axis="grid"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small()
+
+
+@pytest.fixture(scope="module")
+def calibration(model: Any) -> Calibration:
+    return cachekit.calibrate(model, sampling(model), runs=2, sites=SITES, progress=False)
+
+
+def searched(model: Any, calibration: Calibration, budget: Any, **options: Any) -> cachekit.Front:
+    return cachekit.search(calibration, model, sampling(model), budget=budget, reuses=REUSES, tries=6, progress=False, **options)
+
+
+def error(model: Any, policy: Any, run: int, **options: Any) -> float:
+    full = sampling(cachekit.unwrap(model))(run)
+    cachekit.wrap(model, policy, **options)
+    found = sampling(model)(run)
+    cachekit.unwrap(model)
+    return float((found - full).double().norm() / full.double().norm())
+
+
+def test_plans_do_what_they_say(model: Any, calibration: Calibration) -> None:
+    """Errors on the calibration's runs, numbers of full steps, and the share of blocks that run."""
+    front = searched(model, calibration, 4)
+    assert "cachekit" not in model.__dict__ and front.generations > 0
+    for plan in front:
+        errors = [error(model, plan, run) for run in (0, 1)]
+        # The sample's norms are summed in another order: 1e-12 of the norm, and the error is 1e-3 of it and more.
+        assert plan.error == pytest.approx(sum(errors) / 2, rel=1e-6) and plan.worst == pytest.approx(max(errors), rel=1e-6)
+        assert plan.full_steps == 4 and plan.timesteps == grid() and plan.runs == (0, 1)
+        cachekit.wrap(model, plan)
+        sampling(model)(0)
+        stats = model.cachekit.stats
+        assert plan.blocks == pytest.approx(stats.blocks_run / stats.blocks_total)
+        cachekit.unwrap(model)
+
+
+def test_the_front(model: Any, calibration: Calibration) -> None:
+    """Cheapest first, each one better than those before it; the best is the one of least error."""
+    front = searched(model, calibration, 5)
+    plans = list(front)
+    assert all(a.blocks <= b.blocks and a.error > b.error for a, b in zip(plans, plans[1:], strict=False))
+    assert front.best is min(plans, key=lambda plan: plan.error) and len(front) == len(plans) >= 1
+    assert "5 of 8 steps recomputed" in str(front)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_no_worse_than_even_schedules(model: Any, calibration: Calibration, site: str) -> None:
+    """On the noise that it was compared on: an even schedule with each reuse is among what it starts from, or bettered."""
+    for count in (3, 4, 6):
+        found = searched(model, calibration, count, sites=[site]).best
+        even = tuple(sorted({round(k * STEPS / count) for k in range(count)}))
+        for reuse in REUSES:
+            rival = cachekit.policies.planned(even, grid())
+            errors = [error(model, rival, run, segments=site, reuse=reuse) for run in (0, 1)]
+            assert found.error <= sum(errors) / 2 * (1 + 1e-6)
+
+
+def test_predictions_order_candidates(model: Any, calibration: Calibration) -> None:
+    """The best by prediction is at least as good, when it is run, as the middle of all candidates of its number of full steps."""
+    models = [ErrorModel(calibration.site("model"), reuse, grid()) for reuse in REUSES]
+    candidates = [candidate for _, candidate in ranked("model", models, 4)]
+    policies = [(cachekit.policies.planned(c.recompute, grid()), c.reuse) for c in candidates]
+    errors = [error(model, policy, 0, segments="model", reuse=reuse) for policy, reuse in policies]
+    assert errors[0] <= sorted(errors)[len(errors) // 2]
+
+
+def test_budgets_of_error(model: Any, calibration: Calibration) -> None:
+    """The cheapest plan that keeps to the bound in the worst run; one step less would not have."""
+    loose = searched(model, calibration, 4, sites=["model"]).best.worst
+    front = searched(model, calibration, Budget(error=loose), sites=["model"])
+    assert front.best.worst <= loose and front.best.full_steps <= 4
+    with pytest.raises(cachekit.ConfigError, match="no plan that was found keeps to"):
+        _ = searched(model, calibration, Budget(seconds=1e-9), sites=["model"]).best
+
+
+def test_what_is_refused(model: Any, calibration: Calibration) -> None:
+    with pytest.raises(ValueError, match="give one of full_steps, seconds and error"):
+        Budget(full_steps=3, error=0.1)
+    with pytest.raises(cachekit.ConfigError, match="there are only 8 steps"):
+        searched(model, calibration, 9)
+    with pytest.raises(cachekit.ConfigError, match="was not calibrated"):
+        searched(model, calibration, 4, sites=["all"])
+    with pytest.raises(cachekit.ConfigError, match="made for another model"):
+        searched(cachekit.add_long_skips(small()), calibration, 4)
+    with pytest.raises(cachekit.ConfigError, match="another schedule"):
+        cachekit.search(calibration, model, sampling(model, 6), budget=3, tries=2, progress=False)
+    assert "cachekit" not in model.__dict__ and torch.isfinite(sampling(model)(0)).all()
