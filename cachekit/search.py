@@ -22,9 +22,9 @@ from cachekit.reuse import Forecast
 from cachekit.training_log import progress_bar
 from cachekit.trials import Trials
 
-REUSES = tuple(Forecast(order, axis="grid") for order in (0, 1, 2))
+REUSES = (*(Forecast(order, axis="grid") for order in (0, 1, 2)), Forecast(3, bound=12.0, axis="grid"))
 # What a good schedule is tried with as well. A calibration knows nothing of input corrections.
-VARIANTS: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"axis": "t"}, {"bound": 12.0}, {"order": 1}, {"order": 2})
+VARIANTS: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"axis": "t"}, {"bound": 12.0}, {"order": 1}, {"order": 2}, {"order": 3})
 
 
 @validated(frozen=True, config=STRICT)
@@ -184,9 +184,8 @@ class _Finder:
             for candidate in around:
                 tries -= 1
                 tried.add(candidate)
-                if self.trials.error(candidate, 1) < self.trials.error(best, 1) and self.trials.error(
-                    candidate
-                ) < self.trials.error(best):
+                # A first look on one run saves the others.
+                if all(self.trials.error(candidate, runs) < self.trials.error(best, runs) for runs in (1, None)):
                     better = candidate
                     break
                 if tries <= 0:

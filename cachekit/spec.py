@@ -109,7 +109,10 @@ class _Parser:
         leaf = self.tokens.pop(0)
         if ":" in leaf or leaf.endswith(".json"):
             return _from_file(leaf)
-        return make(leaf, self.known, kind="policy", advice="join them with | or &")
+        from cachekit.policies.calibrated import CALIBRATED
+
+        written = ", ".join(file_usage(name, maker) for name, maker in CALIBRATED.items())
+        return make(leaf, self.known, kind="policy", advice=f"from a file: {written}; join them with | or &")
 
 
 def _from_file(leaf: str) -> Any:
@@ -156,6 +159,11 @@ def usage(name: str, found: Callable[..., Any] | EntryPoint) -> str:
         return f"{name} (can't be loaded)"
     names = [parameter.name.upper() for parameter in given if parameter.kind is not parameter.KEYWORD_ONLY]
     return "-".join([name, *names]) if name != "N" else f"N{'-'.join(names)}"
+
+
+def file_usage(name: str, maker: Callable[..., Any]) -> str:
+    """How a spec of this name is written that takes a file, such as ``"smoothcache-THRESHOLD:FILE"``."""
+    return f"{usage(name, functools.partial(maker, ''))}:FILE"
 
 
 def summary(name: str, found: Callable[..., Any] | EntryPoint) -> str:

@@ -47,31 +47,37 @@ class Fitted(ForModel):
 
 
 def _plan(file: str) -> FromPlan:
+    """What ``cachekit.search`` found, from its file."""
     return FromPlan(Plan.load(file))
 
 
 @validate_call
 def _smoothcache(file: str, alpha: NonNegativeFloat = 0.1) -> Fitted:
+    """SmoothCache: each kind of module held as long as its calibrated error stays under alpha."""
     return Fitted(Calibration.load(file), functools.partial(smoothcache, alpha=alpha))
 
 
 @validate_call
 def _magcache(file: str, threshold: NonNegativeFloat = 0.06) -> Fitted:
+    """MagCache with the ratios of a calibration."""
     return Fitted(Calibration.load(file), functools.partial(_with_ratios, threshold=threshold))
 
 
 @validate_call
 def _teacache(file: str, threshold: NonNegativeFloat = 0.2) -> Fitted:
+    """TeaCache with the polynomial that fits a calibration."""
     return Fitted(Calibration.load(file), functools.partial(_with_polynomial, threshold=threshold))
 
 
 @validate_call
 def _change(file: str, percentile: NonNegativeFloat) -> Fitted:
+    """``change`` with a threshold at this percentile of what it saw from step to step in a calibration of ``"middle"``."""
     return Fitted(Calibration.load(file), functools.partial(_at_percentile, percentile=percentile, signal="change"))
 
 
 @validate_call
 def _front_change(file: str, percentile: NonNegativeFloat) -> Fitted:
+    """``front_change``, likewise."""
     return Fitted(Calibration.load(file), functools.partial(_at_percentile, percentile=percentile, signal="front-change"))
 
 

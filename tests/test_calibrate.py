@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_magcaches_ratios(model: Any, calibration: Calibration) -> None:
     for run in (0, 1):
         ends, starts = caught(model, "transformer_blocks.5", run), caught(model, "transformer_blocks.0", run, entering=True)
         norms = [(end - start).norm(dim=-1) for end, start in zip(ends, starts, strict=True)]
-        wanted += [1.0 / 2, *(float((now / then).mean()) / 2 for then, now in zip(norms, norms[1:], strict=False))]
+        wanted += [1.0 / 2, *(float((now / then).mean()) / 2 for then, now in pairwise(norms))]
     # Residuals are stored in single precision, as differences of tensors of size 1: off by 1e-7 each.
     assert np.allclose(calibration.ratios, wanted, rtol=1e-4)
 
@@ -109,7 +110,7 @@ def test_teacaches_pairs_and_polynomial(model: Any, calibration: Calibration) ->
     for run in (0, 1):
         entering, leaving = caught(model, "transformer_blocks.0.attn1", run, entering=True), caught(model, "", run)
         for found, values in zip(pairs, (entering, leaving), strict=True):
-            found += [float((b - a).abs().mean() / a.abs().mean()) for a, b in zip(values, values[1:], strict=False)]
+            found += [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(values)]
     assert np.allclose(calibration.input_changes, pairs[0], rtol=1e-6)
     assert np.allclose(calibration.output_changes, pairs[1], rtol=1e-6)
     assert calibration.teacache_coefficients(2) == pytest.approx(np.polyfit(*pairs, 2), rel=1e-3)
@@ -151,12 +152,13 @@ def test_what_one_reused_step_costs(model: Any, calibration: Calibration) -> Non
 def test_errors_of_values_are_foretold_exactly(model: Any, calibration: Calibration, reuse: Forecast) -> None:
     """With the values of two runs, |Σ w_j z_j - z_i| / |z_i| follows from their inner products."""
     told = ErrorModel(calibration.site("middle"), reuse, grid())
-    values = [torch.cat([a.flatten(), b.flatten()]) for a, b in zip(*(caught(model, "transformer_blocks.4", r) for r in (0, 1)))]
+    both = [caught(model, "transformer_blocks.4", run) for run in (0, 1)]
+    values = [torch.cat([a.flatten(), b.flatten()]) for a, b in zip(*both, strict=True)]
     for last, i in (((0,), 2), ((3, 1), 4), ((4, 2, 1), 6)):
         used = last[: reuse.length]
         times = [grid()[k] if reuse.axis == "t" else float(k) for k in (*used, i)]
         weights = reuse.weights(times[:-1], times[-1])
-        forecast = sum(weight * values[k] for weight, k in zip(weights, used, strict=False))
+        forecast = torch.stack([weight * values[k] for weight, k in zip(weights, used, strict=False)]).sum(0)
         assert told.local(last, i) == pytest.approx(relative(forecast, values[i]), rel=1e-5)
 
 

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from cachekit.demo import app as commands
 from cachekit.policies import POLICIES
-from cachekit.spec import summary, usage
+from cachekit.policies.calibrated import CALIBRATED
+from cachekit.spec import file_usage, summary, usage
 
 
 def listed() -> str:
@@ -35,7 +36,9 @@ def rows(output: str) -> dict[str, str]:
 def test_every_policy_is_listed_with_its_usage_and_its_first_paragraph() -> None:
     found = rows(listed())
     assert found.pop("spec") == "what it does"
-    assert found == {usage(name, maker): summary(name, maker) for name, maker in POLICIES.items()}
+    from_files = {file_usage(name, maker): summary(name, maker) for name, maker in CALIBRATED.items()}
+    assert found == {usage(name, maker): summary(name, maker) for name, maker in POLICIES.items()} | from_files
+    assert found["smoothcache-ALPHA:FILE"].startswith("SmoothCache") and "plan:FILE" in found
     assert found["every-N"].startswith("Recompute at steps 0, n, 2n")
     assert found["taylorseer-N-ORDER"].startswith("Full steps at first, then one in every n")
     assert all(text.endswith(".") for text in found.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,7 +62,7 @@ def test_an_even_schedule(n: int, data: st.DataObject, first: int, last: int) ->
     made = even(n, count, first, last)
     assert made[0] == 0 and len(made) == count and list(made) == sorted({*made}) and made[-1] < n
     inner = [i for i in made if min(first, count) - 1 <= i < n - last]
-    gaps = [b - a for a, b in zip(inner, inner[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(inner)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_the_front(model: Any, calibration: Calibration) -> None:
     """Cheapest first, each one better than those before it; the best is the one of least error."""
     front = searched(model, calibration, 5)
     plans = list(front)
-    assert all(a.blocks <= b.blocks and a.error > b.error for a, b in zip(plans, plans[1:], strict=False))
+    assert all(a.blocks <= b.blocks and a.error > b.error for a, b in pairwise(plans))
     assert front.best is min(plans, key=lambda plan: plan.error) and len(front) == len(plans) >= 1
     assert "5 of 8 steps recomputed" in str(front)
 

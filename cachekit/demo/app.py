@@ -14,7 +14,8 @@ from cachekit.demo.compare import Entry, compare_all
 from cachekit.demo.rows import POLICIES, rows_of
 from cachekit.demo.shipped import SHIPPED, find_target
 from cachekit.errors import CachekitError
-from cachekit.spec import known_policies, summary, usage
+from cachekit.policies.calibrated import CALIBRATED
+from cachekit.spec import file_usage, known_policies, summary, usage
 
 # A table that is cut off says nothing; where nobody looks at a terminal, there is no width to keep to.
 WIDTH = 184
@@ -86,4 +87,6 @@ def policies() -> None:
     table = Table("spec", "what it does", title="Policies; join them with | and &, and override segments= and reuse= as you like")
     for name, found in sorted(known_policies().items(), key=lambda item: item[0].lower()):
         table.add_row(Text(usage(name, found), no_wrap=True), Text(summary(name, found)))
+    for name, maker in CALIBRATED.items():
+        table.add_row(Text(file_usage(name, maker), no_wrap=True), Text(summary(name, maker)))
     _console().print(table)
