@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("search.json"))
     parser.add_argument("--solvers", nargs="*", default=list(SOLVERS))
     parser.add_argument("--sites", nargs="*", default=list(SITES))
-    parser.add_argument("--tries", type=int, default=24)
+    parser.add_argument("--tries", type=int, default=40)
     args = parser.parse_args()
     for name in args.solvers:
         run(name, args)

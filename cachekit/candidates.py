@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from cachekit.error_model import ErrorModel
+from cachekit.policies.at_most import at_most
+from cachekit.policies.first import first as first_steps
+from cachekit.policies.last import tail
+from cachekit.policies.moved import moved
 from cachekit.reuse import Forecast
+from cachekit.schedule import plan
 from cachekit.schedule_paths import Objective, Paths
 
 OBJECTIVES: tuple[Objective, ...] = ("sum", "max")
@@ -29,6 +35,16 @@ def even(n: int, count: int, first: int, last: int) -> tuple[int, ...]:
     inner, room = count - first - last, n - first - last
     places = (first + (k + 1) * room // (inner + 1) - (room // (inner + 1) > 0) for k in range(inner))
     return tuple(sorted({*range(first), *places, *range(n - last, n)}))
+
+
+def periodic(timesteps: tuple[float, ...]) -> set[tuple[int, ...]]:
+    """What policies of a fixed period recompute on this grid: each with warm-ups, with and without steps held back, and tails."""
+    found = set[tuple[int, ...]]()
+    for n, warm_up, strides, share in product(range(2, 9), (1, 2, 3), (0.0, 0.5, 1.0), (0.0, 0.06)):
+        guard = at_most(n - 1) | tail(share) if share else at_most(n - 1)
+        made = plan(first_steps(warm_up) | guard & moved(strides), timesteps)
+        found.add(tuple(i for i, full in enumerate(made) if full))
+    return found
 
 
 def moves(recompute: tuple[int, ...], n: int, most: int) -> Iterator[tuple[int, ...]]:
@@ -57,13 +73,16 @@ def reach_for(n: int, count: int) -> int:
 
 
 def schedules(model: ErrorModel, count: int) -> set[tuple[int, ...]]:
-    """Schedules of so many recomputes: of least sum and least maximum of the costs under each guard, even ones, all polished."""
+    """Schedules of so many recomputes: of least sum and least maximum of the costs under each guard, even and periodic ones; and
+    each of them polished.
+    """
     found = set[tuple[int, ...]]()
     for first, last in GUARDS:
         for objective in OBJECTIVES:
             paths = Paths(model.n, model.cost, min(model.reuse.length, 3), objective, first, last, reach_for(model.n, count))
             found.add(paths.best(count).get(count, ()))
         found.add(even(model.n, count, first, last))
+    found |= periodic(model.timesteps)
     right = {recompute for recompute in found if len(recompute) == count}
     return right | {polished(model, recompute) for recompute in right}
 

@@ -26,7 +26,7 @@ class ErrorModel:
     """
 
     def __init__(self, site: SiteRecord, reuse: Forecast, timesteps: tuple[float, ...]) -> None:
-        self.reuse = reuse
+        self.reuse, self.timesteps = reuse, timesteps
         self.n = len(timesteps)
         self._gram, self._response = matrix(site.gram), matrix(site.response)
         self._times = [reuse.axis(t) for t in timesteps] if callable(reuse.axis) else list(timesteps)

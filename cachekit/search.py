@@ -12,7 +12,7 @@ from torch import nn
 
 from cachekit.adapter import Adapter
 from cachekit.calibration import Calibration
-from cachekit.candidates import Candidate, moves, ranked
+from cachekit.candidates import Candidate, moves, periodic, ranked
 from cachekit.error_model import ErrorModel
 from cachekit.errors import ConfigError
 from cachekit.generations import Sample, Sampler, check_runs
@@ -104,8 +104,8 @@ def search(
     """Find schedules of little error by prediction, run the best, and better those by moving one recompute at a time.
 
     Candidates come from dynamic programming over (step, last recomputes) on the calibration's errors, for the least sum and the
-    least maximum, with and without guards, beside even schedules (``cachekit.candidates``). What counts in the end is what came
-    out when they were run, on the calibration's noise.
+    least maximum, with and without guards, beside even and periodic schedules (``cachekit.candidates``). What counts in the end
+    is what came out when they were run, on the calibration's noise.
 
     Args:
         calibration: of this very model and sampler.
@@ -168,6 +168,9 @@ class _Finder:
         chosen = [candidate for _, candidate in candidates[: self.tries // 5]]
         for model in models:
             chosen += [c for _, c in candidates if c.reuse == model.reuse][:2]
+        # What policies of a fixed period do must not be missed because of a prediction.
+        known = periodic(self.trials.calibration.timesteps)
+        chosen += [c for _, c in candidates if c.recompute in known][: self.tries // 4]
         chosen = sorted(dict.fromkeys(chosen), key=lambda c: self.trials.error(c, 1))
         best = min(chosen[:3], key=self.trials.error)
         best = self._climb(best, {model.reuse: model for model in models}, self.tries - len(chosen))
