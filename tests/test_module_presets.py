@@ -159,7 +159,7 @@ def line(values: list[tuple[float, Tensor]], now: float) -> Tensor:
     return newest + (newest - previous) / (t - before) * (now - t)
 
 
-@models
+@pytest.mark.parametrize("case", (DIT, PIXART, LATTE), ids=str)
 @pytest.mark.parametrize(("m", "k"), ((6, 2), (7, 3), (1, 1), (20, 4)))
 def test_tgate(case: Case, m: int, k: int) -> None:
     """The authors' scheduler, step by step."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cachekit import ConfigError, Forecast, Reuse
-from cachekit.policies.reuses import REUSES, Bdf, Chebyshev, FlowLogSnr, Hermite, LogSnr, Scale, TaylorSeer
+from cachekit.policies.reuses import REUSES, Bdf, Chebyshev, FlowLogSnr, Hermite, LogSnr, Mix, Scale, TaylorSeer, Tokens
 from cachekit.reuse import parse_reuse
 
 SPECS: list[tuple[str, Reuse]] = [
@@ -25,6 +25,9 @@ SPECS: list[tuple[str, Reuse]] = [
     ("residual-chebyshev-1", Chebyshev(1, beta=1.0)),
     ("residual-grid-bdf2", Bdf(2, beta=1.0, axis="grid")),
     ("taylor-0", Forecast()),
+    ("mix", Mix(0.0, 1.0)),
+    ("mix-0.1-0.6", Mix(0.1, 0.6)),
+    ("tokens-0.07", Tokens(0.07)),
 ]
 
 
@@ -37,12 +40,14 @@ def test_specs(spec: str, reuse: Reuse) -> None:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("hermit-2", r"known: bdf-ORDER, chebyshev-ORDER-EXTRA, hermite-ORDER-SCALE, .*taylorseer-ORDER; write 'output'"),
+        ("hermit-2", r"known: bdf-ORDER, chebyshev-ORDER-EXTRA, hermite-ORDER-SCALE, mix-.*, tokens-SHARE; write 'output'"),
         ("bdf-3", "does not fit bdf-ORDER.*less than or equal to 2"),
         ("hermite-2-0", "greater than 0"),
         ("chebyshev-2-1.5", "valid integer"),
         ("taylorseer-1-2-3", "does not fit taylorseer-ORDER"),
         ("taylor", "does not fit taylor-K"),
+        ("tokens-0", "greater than 0"),
+        ("tokens-2", "less than or equal to 1"),
         ("grid-residual-taylor-1", "unknown reuse"),
         ("grid-", "unknown reuse"),
     ],
