@@ -111,7 +111,7 @@ def test_the_pareto_front_is_what_none_beats(points: list[tuple[int, int]]) -> N
 @pytest.mark.slow
 def test_the_shipped_target(tmp_path: Path) -> None:
     """With fewer rows and seeds: both solvers' tables, the pictures, the sentences, and distances near those of real images."""
-    done = run("-p", "skip-every-2@model", "--seeds", "2", "--images", "10", "--out", str(tmp_path))
+    done = run("-p", "skip-every-2@model", "--seeds", "2", "--images", "10", "--fine", "1", "--out", str(tmp_path))
     assert done.exit_code == 0, done.output
     found = written(tmp_path)
     assert list(found["solvers"]) == ["DDIM", "DPM-Solver++(2M)"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripts import imported, run
 
 import cachekit
 from cachekit.demo.fashion import load_model, new_model
@@ -45,15 +46,16 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_training_that_was_stopped_ends_as_one_that_was_not(data: Path, tmp_path: Path) -> None:
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exported weights are those of the whole run, fit the shipped shape, and leave out the short waves."""
-    short = ("--data", data, "--steps", 6, "--batch", 4, "--checkpoints", 2)
-    for out, stops in (("whole", [6]), ("parts", [2, 4, 6])):
+    short, image_dit = (
+        ("--data", data, "--steps", 4, "--batch", 4, "--checkpoints", 2),
+        imported(monkeypatch, "training", "image_dit"),
+    )
+    for out, stops in (("whole", [4]), ("parts", [2, 4])):
         for until in stops:
-            done = script(
-                "image_dit.py", *short, "--out", tmp_path / out, "--export", tmp_path / f"{out}.safetensors", "--until", until
-            )
-            assert done.returncode == 0, done.stderr
+            export = ("--out", tmp_path / out, "--export", tmp_path / f"{out}.safetensors", "--until", until)
+            run(monkeypatch, image_dit, *short, *export)
     whole, parts = (load_file(tmp_path / f"{out}.safetensors") for out in ("whole", "parts"))
     assert whole.keys() == new_model().state_dict().keys()
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
@@ -63,14 +65,14 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(data: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_skip_dit_from_scratch(data: Path, tmp_path: Path) -> None:
+def test_a_skip_dit_from_scratch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped or not it ends alike, and what is exported fits the plain shape with the paper's long skip connections."""
     short = ("--data", data, "--steps", 4, "--batch", 4, "--checkpoints", 2)
+    image_skip_dit = imported(monkeypatch, "training", "image_skip_dit")
     for out, stops in (("whole", [4]), ("parts", [2, 4])):
         for until in stops:
             export = ("--out", tmp_path / out, "--export", tmp_path / f"{out}.safetensors", "--until", until)
-            done = script("image_skip_dit.py", *short, *export)
-            assert done.returncode == 0, done.stderr
+            run(monkeypatch, image_skip_dit, *short, *export)
     whole, parts = (load_file(tmp_path / f"{out}.safetensors") for out in ("whole", "parts"))
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
     model = cachekit.add_long_skips(new_model(), fusion="paper")
@@ -79,12 +81,11 @@ def test_a_skip_dit_from_scratch(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("control", [False, True])
-def test_a_retrofit_and_its_control(data: Path, tmp_path: Path, control: bool) -> None:
+def test_a_retrofit_and_its_control(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: bool) -> None:
     """Both start from the shipped weights, log their losses, and leave the short waves out; the control has no fusions."""
     short = ("--data", data, "--batch", 4, "--fusions", 1, "--everything", 2, "--log-every", 1)
     said = ("--out", tmp_path, "--export", tmp_path / "made.safetensors", *(["--control"] if control else []))
-    done = script("image_retrofit.py", *short, *said)
-    assert done.returncode == 0, done.stderr
+    run(monkeypatch, imported(monkeypatch, "training", "image_retrofit"), *short, *said)
     model, made = load_model(), load_file(tmp_path / "made.safetensors")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     if not control:
