@@ -33,11 +33,26 @@ def one_dimensional(a: np.ndarray, b: np.ndarray) -> float:
     return float((a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2)
 
 
-def test_an_interval_is_turned_around_the_figure() -> None:
-    """Basic, not percentile: what resamples lie above the figure goes below it."""
-    found = bootstrap.interval(10.0, np.linspace(10.0, 14.0, 4001))
+def test_an_interval_is_around_the_figure() -> None:
+    """However far resampling moves all: 95 % of an even spread of 4, around 10."""
+    found = bootstrap.interval(10.0, np.linspace(12.0, 16.0, 4001))
     assert found.value == 10.0
-    assert (found.low, found.high) == pytest.approx((6.1, 9.9), abs=1e-6)
+    assert (found.low, found.high) == pytest.approx((8.1, 11.9), abs=1e-6)
+
+
+def test_intervals_of_distances_hold_what_as_many_samples_give_on_average() -> None:
+    """200 draws of 150 samples whose distance is mostly bias: intervals may be too wide, but must not miss.
+
+    95 % of 200 is 190 with a standard deviation of 3.1; 180 is three of those less. Measured: 199, and 168 without centring.
+    """
+    rng, counts = np.random.default_rng(0), bootstrap.resamples(150, count=200)
+    real = rng.normal(size=(500, 4))
+    drawn = [rng.normal(size=(150, 4)) * 1.05 for _ in range(200)]
+    values = np.array([frechet(each, real) for each in drawn])
+    resampled = [bootstrap.frechet_resampled(each, real, counts) for each in drawn]
+    found = [bootstrap.interval(float(value), each) for value, each in zip(values, resampled, strict=True)]
+    assert sum(each.low <= values.mean() <= each.high for each in found) >= 180
+    assert sum(np.quantile(each, 0.025) <= values.mean() <= np.quantile(each, 0.975) for each in resampled) < 180
 
 
 def test_intervals_of_means_hold_the_truth_as_often_as_they_say() -> None:

@@ -1,9 +1,11 @@
 """Bootstrap intervals for what a comparison measures, with the noise paired: every row is resampled alike.
 
-Image k of every row starts from the same noise, so that the differences between rows vary far less than the rows do. All
-intervals are basic bootstrap intervals (Davison and Hinkley, Bootstrap Methods, 1997, eq. 5.6): 2 theta - q(1 - a/2) to
-2 theta - q(a/2), with q the quantiles of theta over the resamples. Unlike percentiles they take out the bias that a resample's
-Frechet distance has, since it holds fewer different images.
+Image k of every row starts from the same noise, so that the differences between rows vary far less than the rows do.
+
+A resample holds fewer different images, so that its Frechet distance is larger than that of the samples, by about as much as that
+of n samples is larger than that of infinitely many. So the resampled distances are moved back until their mean is the measured
+one, and intervals are percentiles of those (Davison and Hinkley, Bootstrap Methods, 1997, section 5.2, without their correction for
+bias). They are intervals for what n samples give on average, and not for the limit of many: rows are compared at the same n.
 """
 
 from __future__ import annotations
@@ -44,10 +46,15 @@ def resamples(n: int, seed: int = 0, count: int = RESAMPLES) -> Values:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), count).astype(np.float64)
 
 
+def centred(value: float, resampled: Values) -> Values:
+    """What a figure is in each resample, shape (count,), moved until its mean is the figure."""
+    return resampled - resampled.mean() + value
+
+
 def interval(value: float, resampled: Values) -> Interval:
-    """The basic bootstrap interval of a figure, from what it is in each resample, shape (count,)."""
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(2 * value - high), float(2 * value - low))
+    """The percentile interval of a figure, from what it is in each resample, shape (count,)."""
+    low, high = np.quantile(centred(value, resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def mean_interval(values: Values, counts: Values) -> Interval:
@@ -86,5 +93,10 @@ def frechet_resampled(features: Values, real: Values, counts: Values) -> Values:
 
 
 def relative_change(value: float, base: float, resampled: Values, base_resampled: Values) -> Interval:
-    """value / base - 1 with both resampled alike, such as a Frechet distance against that of the uncached samples."""
-    return interval(value / base - 1, resampled / base_resampled - 1)
+    """value / base - 1 with both resampled alike, such as a Frechet distance against that of the uncached samples.
+
+    Both are centred first: what resampling adds to either would else draw their ratio towards 1.
+    """
+    ratios = centred(value, resampled) / centred(base, base_resampled)
+    low, high = np.quantile(ratios - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value / base - 1, float(low), float(high))
