@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler
@@ -31,10 +31,12 @@ class Task:
     """A model and what it learns.
 
     Attributes:
-        model: ``model(noisy, t, **conditions).sample`` is the noise in ``noisy``.
+        model: ``model(noisy, t, **conditions).sample`` is the prediction.
         clean, labels: of the training data, shapes (n, ...) and (n,).
         conditions: from labels (batch,) to the model's other arguments.
         scaled: from rows of ``clean`` to the range -1 ... 1.
+        predicts: ``"noise"``, or ``"velocity"``: sqrt(a) noise - sqrt(1 - a) clean with a = alphas_cumprod[t] (Salimans and Ho,
+            arXiv 2202.00512, appendix D).
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Task:
     labels: Tensor
     conditions: Callable[[Tensor], dict[str, Any]]
     scaled: Callable[[Tensor], Tensor] = lambda rows: rows
+    predicts: Literal["noise", "velocity"] = "noise"
 
 
 def initialise(model: nn.Module) -> None:
@@ -109,7 +112,8 @@ class Run:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         predicted = model(self.noising.add_noise(clean, noise, t), t, **self.task.conditions(labels)).sample
-        loss = (predicted - noise).square().mean()
+        target = noise if self.task.predicts == "noise" else self.noising.get_velocity(clean, noise, t)
+        loss = (predicted - target).square().mean()
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

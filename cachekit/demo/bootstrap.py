@@ -48,7 +48,8 @@ def resamples(n: int, seed: int = 0, count: int = RESAMPLES) -> Values:
 
 def centred(value: float, resampled: Values) -> Values:
     """What a figure is in each resample, shape (count,), moved until its mean is the figure."""
-    return resampled - resampled.mean() + value
+    moved: Values = resampled - resampled.mean() + value
+    return moved
 
 
 def interval(value: float, resampled: Values) -> Interval:

@@ -29,6 +29,7 @@ CLASSES = (
 )
 FRAMES, SIZE = 8, 32
 FINE_STEPS = 200
+PREDICTION = "v_prediction"
 CONFIG = {
     "num_attention_heads": 4,
     "attention_head_dim": 32,
@@ -52,7 +53,8 @@ CONFIG = {
 def new_model() -> LatteTransformer3DModel:
     """A Latte of the shipped shape (6 spatial and 6 temporal blocks, width 128, 8 frames of 64 tokens), untrained.
 
-    It predicts the noise of clips (n, 3, 8, 32, 32) in [-1, 1] at timesteps 0 ... 999 of diffusers' linear schedule.
+    It predicts the velocity (diffusers' ``v_prediction``) of clips (n, 3, 8, 32, 32) in [-1, 1] at timesteps 0 ... 999 of
+    diffusers' linear schedule.
     """
     return LatteTransformer3DModel(**CONFIG).eval()
 
@@ -92,8 +94,8 @@ def sample(model: Any, scheduler: Any, seed: int, steps: int, clips: int) -> Ten
     handle = getattr(model, "cachekit", None)
     with torch.inference_mode(), handle.session(steps=steps) if handle is not None else contextlib.nullcontext():
         for t in scheduler.timesteps:
-            noise = model(x, timestep=t.expand(clips), encoder_hidden_states=captions).sample
-            x = scheduler.step(noise, t, x).prev_sample
+            velocity = model(x, timestep=t.expand(clips), encoder_hidden_states=captions).sample
+            x = scheduler.step(velocity, t, x).prev_sample
     return x
 
 
@@ -122,8 +124,11 @@ def target_of(name: str, model: LatteTransformer3DModel, clips: int) -> Target:
     return Target(
         name,
         model,
-        (Solver("DDIM", with_scheduler(ddim()), 50), Solver("DPM-Solver++(2M)", with_scheduler(dpm_solver()), 30)),
-        fine=lambda seed: sample(model, dpm_solver(), seed, FINE_STEPS, clips),
+        (
+            Solver("DDIM", with_scheduler(ddim(PREDICTION)), 50),
+            Solver("DPM-Solver++(2M)", with_scheduler(dpm_solver(PREDICTION)), 30),
+        ),
+        fine=lambda seed: sample(model, dpm_solver(PREDICTION), seed, FINE_STEPS, clips),
         real=tuple(real),
         pixels=lambda x: x.clamp(-1, 1) / 2 + 0.5,
     )

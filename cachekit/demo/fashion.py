@@ -63,13 +63,20 @@ def load_skip_dit(weights: str | Path = "fashion_skip_dit", fusion: str = "paper
 # Each solver on its best grid. Relative error to the fine solution on development seeds, at 50 steps: DDIM trailing .034,
 # linspace .035, leading .032 (but .057 at 25 steps against trailing's .056); at 30 steps: DPM-Solver++(2M) even in log-SNR .010,
 # Karras .012, linspace .030, trailing .029.
-def ddim() -> Any:
-    return DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
+def ddim(prediction: str = "epsilon") -> Any:
+    """DDIM on trailing timesteps; the prediction as diffusers' schedulers name it."""
+    return DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing="trailing", prediction_type=prediction)
 
 
-def dpm_solver() -> Any:
+def dpm_solver(prediction: str = "epsilon") -> Any:
     """DPM-Solver++(2M) on a grid that is even in log-SNR."""
-    return DPMSolverMultistepScheduler(beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2, use_lu_lambdas=True)
+    return DPMSolverMultistepScheduler(
+        beta_schedule="linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        use_lu_lambdas=True,
+        prediction_type=prediction,
+    )
 
 
 def sample(model: Any, scheduler: Any, seed: int, steps: int, images: int) -> Tensor:
