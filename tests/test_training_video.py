@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from scripts import imported, run
+from torch import Tensor
 
 import cachekit
 from cachekit.demo import clips, fashion
@@ -98,6 +101,44 @@ def test_both_trainings_start_from_one_model(video: Any) -> None:
     plain, skips = states
     assert all(torch.equal(value, skips[key]) for key, value in plain.items())
     assert {key.split(".")[0] for key in skips.keys() - plain.keys()} == {"long_skips"}
+
+
+class Exact(torch.nn.Module):
+    """Knows the one clip there is, and so predicts without error; its weight is zero, for the optimiser."""
+
+    def __init__(self, clip: Tensor, predicts: str) -> None:
+        super().__init__()
+        self.clip, self.predicts = clip, predicts
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.alphas = DDPMScheduler(beta_schedule="linear").alphas_cumprod
+
+    def forward(self, noisy: Tensor, timestep: Tensor, **conditions: Any) -> Any:
+        a = self.alphas[timestep].reshape(-1, 1, 1, 1, 1)
+        noise = (noisy - a.sqrt() * self.clip) / (1 - a).sqrt()
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * self.clip
+        return SimpleNamespace(sample=(noise if self.predicts == "noise" else velocity) + self.weight)
+
+
+@pytest.mark.parametrize("predicts", ["noise", "velocity"])
+def test_the_loss_of_a_prediction_without_error_is_zero(predicts: str, video: Any, tmp_path: Path) -> None:
+    """And that of the other kind is not."""
+    clip = torch.rand(1, 3, 2, 4, 4) * 2 - 1
+    args = video.argparse.Namespace(out=tmp_path, lr=0.0, batch=8, seed=0, steps=10)
+    losses = {}
+    for learnt in ("noise", "velocity"):
+        task = video.diffusion.Task(Exact(clip, predicts), clip, torch.zeros(1), lambda labels: {}, predicts=learnt)
+        losses[learnt], _ = video.diffusion.Run(task, args).advance()
+    # Of each timestep's rounding, 6e-8 of values around 1 is divided by sqrt(1 - a) >= .01: 6e-6, squared.
+    assert losses.pop(predicts) < 1e-9
+    assert all(loss > 0.1 for loss in losses.values())
+
+
+def test_sampling_with_a_prediction_without_error_ends_at_the_clip() -> None:
+    """So solvers and training mean the same by a prediction; DDIM's last step goes to the clean clip itself."""
+    clip = torch.rand(1, 3, clips.FRAMES, clips.SIZE, clips.SIZE) * 2 - 1
+    found = clips.sample(Exact(clip, "velocity"), fashion.ddim(clips.PREDICTION), seed=0, steps=5, clips=1)
+    # The scheduler's last timestep still has a = .9999 to it, where single precision knows the clip to 1e-5.
+    assert torch.allclose(found, clip, atol=1e-4)
 
 
 def test_a_caption_is_a_row_of_the_models_own_table() -> None:
