@@ -77,7 +77,7 @@ class Agreement:
 
 def inputs_of(part: Part, given: Given) -> Given:
     """A model call's arguments for a part of the batch: of each tensor with one row an item, their rows."""
-    rows = {path: part.take(t) for path, t in arguments(*given) if t.ndim and t.shape[0] == part.samples.batch}
+    rows = {path: part.take(t) for path, t in arguments(*given) if t.ndim and t.shape[0] == part.samples.rows}
     return with_rows(rows, given)
 
 
@@ -115,6 +115,6 @@ def compared(part: Part, whole: PlainCall, alone: Alone, given: Given, results: 
         modules = {(v, n): each for (v, n, _), each in zip(numbers, taken, strict=True)}
     returned = comparison.taken(shown(tensors(results[0]), part), shown(tensors(results[1]), None))
     found = arguments(*given)
-    paths = frozenset(path for path, tensor in found if tensor.ndim and tensor.shape[0] == part.samples.batch)
+    paths = frozenset(path for path, tensor in found if tensor.ndim and tensor.shape[0] == part.samples.rows)
     inputs = Taken({path: tuple(tensor.shape) for path, tensor in found}, paths)
     return Batched((inputs, returned), visits, modules), comparison.settle()

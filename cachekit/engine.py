@@ -18,10 +18,13 @@ from cachekit.audit import WRITES, Auditor, Shadow, ShadowCall, audit
 from cachekit.call import Given, GraphChanged, KnownCall, Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ModelError
+from cachekit.guidance import HALVES, PassDecisions, Run, SeparatePasses
+from cachekit.guidance_batch import BatchedPasses
 from cachekit.inputs import Inputs, Reader
 from cachekit.interceptors import WHOLE, Interceptors
 from cachekit.lanes import Lanes
 from cachekit.peek import Peeker
+from cachekit.policy import Step
 from cachekit.sample_decisions import SampleDecisions, decisions_for
 from cachekit.segments import Site
 from cachekit.session import Branch, Generation, Lane, Name, Placed, step_of
@@ -47,12 +50,20 @@ class Engine:
     """The state of one wrapped model. Tensors live in its lanes only; a copy of the model starts without any."""
 
     def __init__(
-        self, model: nn.Module, sites: tuple[Site, ...], adapter: Adapter, audit_every: int | None = None, passes: int = 0
+        self,
+        model: nn.Module,
+        sites: tuple[Site, ...],
+        adapter: Adapter,
+        audit_every: int | None = None,
+        passes: int = 0,
+        cond: str | None = None,
     ) -> None:
         self.model, self.sites, self.adapter = model, sites, adapter
         self.auditor = Auditor(audit_every)
         # Of guidance in one batch, where each sample is decided on by itself; 0 where one decision holds for the batch.
         self.passes = passes
+        # Which pass of guidance is the conditional one, where the other one is a site.
+        self.cond = cond
         self.stats = Stats()
         self.interceptors = Interceptors()
         self.removed = False
@@ -169,14 +180,14 @@ class Engine:
         step = step_of(branch, generation, self.adapter.range)
         shadow, auditing = self.auditor.shadow(self.model, branch, args, kwargs), self.auditor.on
         sites, audited = branch.sites or self.sites, shadow is not None
-        decisions = decisions_for(branch, sites, step, self.peeker, self.passes, self.note, audited=audited, auditing=auditing)
+        decisions = self._decisions(lane, branch, sites, step, audited=audited, auditing=auditing)
         try:
             ran, result = self._run(decisions, original, args, kwargs)
         except GraphChanged as change:
             with self._lock:
                 self.stats.dropped[str(change)] += 1
             branch.drop()
-            decisions = decisions_for(branch, self.sites, step, self.peeker, self.passes, self.note, auditing=auditing)
+            decisions = self._decisions(lane, branch, self.sites, step, auditing=auditing)
             ran, result = self._run(decisions, original, args, kwargs)
         decisions.show_prediction(result)
         decisions.close()
@@ -189,6 +200,15 @@ class Engine:
             if shadow is not None:
                 self._audit(shadow, decisions, original, result)
         return result
+
+    def _decisions(self, lane: Lane, branch: Branch, sites: tuple[Site, ...], step: Step, **options: bool) -> Decisions:
+        if not any(site.segment.is_pass for site in self.sites):
+            return decisions_for(branch, sites, step, self.peeker, self.passes, self.note, **options)
+        given = branch, sites, step, self.peeker
+        if self.cond in HALVES:
+            return BatchedPasses(*given, cond=self.cond, note=self.note, **options)
+        generation = lane.generation or Generation()
+        return SeparatePasses(*given, generation=generation, cond=self.cond, comparer=lane.comparer, note=self.note, **options)
 
     def _audit(self, shadow: Shadow, decisions: Decisions, original: Original, output: Any) -> None:
         """Run a reused step's full pass beside it. If that fails, the step is none the worse for it."""
@@ -207,6 +227,12 @@ class Engine:
     ) -> tuple[tuple[tuple[bool, ...], tuple[bool, ...]], Any]:
         """Run one call under these decisions; returns which visits, and which of their modules, ran, and the result."""
         branch, whole = decisions.branch, decisions.whole
+        under = functools.partial(self._under, original=original)
+        if isinstance(decisions, PassDecisions):
+            ran, result = decisions.run(Run(functools.partial(self._run_all, decisions, original), under), (args, kwargs))
+            if ran is None:
+                return ((False,) * len(branch.blocks or ()), ()), result
+            return self._ran(branch, ran), result
         if branch.blocks is not None and whole and not decisions.recompute(whole[0]):
             return ((False,) * len(branch.blocks), ()), whole_prediction(decisions, whole[0])
         sample = branch.inputs.sample
@@ -215,14 +241,18 @@ class Engine:
         if part is None:
             call, result = self._run_all(decisions, original, (args, kwargs))
         else:
-            call, result = run_part(decisions, whole[0], part, functools.partial(self._under, original=original), (args, kwargs))
-        if branch.blocks is not None and call.blocks != branch.blocks:
-            raise GraphChanged("another sequence of blocks")
-        branch.blocks = call.blocks
+            call, result = run_part(decisions, whole[0], part, under, (args, kwargs))
+        ran_here = self._ran(branch, call)
         # Where segments ask for a decision for each block, the watched call has found how many there are.
         for k in decisions.whole:
             store_prediction(decisions, k, result, entry)
-        return (tuple(call.recomputed), tuple(call.modules)), result
+        return ran_here, result
+
+    def _ran(self, branch: Branch, call: PlainCall) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        if branch.blocks is not None and call.blocks != branch.blocks:
+            raise GraphChanged("another sequence of blocks")
+        branch.blocks = call.blocks
+        return tuple(call.recomputed), tuple(call.modules)
 
     def _run_all(self, decisions: Decisions, original: Original, given: Given) -> tuple[PlainCall, Any]:
         """Run the model on the whole batch; segments of its blocks may be reused, or run for some samples."""
@@ -230,7 +260,7 @@ class Engine:
         trial = None
         if branch.blocks is None:
             self.attach()
-            trial = Trial(decisions.sampled, self.sites, given) if isinstance(decisions, SampleDecisions) else None
+            trial = self._trial(decisions, given)
         call = self._call(decisions, trial)
         with self.auditor.watching(self.model, not isinstance(call, KnownCall)):
             result = self._under(call, given, original)
@@ -243,6 +273,11 @@ class Engine:
         if trial is not None and not self.removed:
             self._try(trial, branch, call, result, original)
         return call, result
+
+    def _trial(self, decisions: Decisions, given: Given) -> Trial | None:
+        if isinstance(decisions, BatchedPasses):
+            return None if decisions.sampled is None else Trial(decisions.sampled, self.sites, given, decisions.cond)
+        return Trial(decisions.sampled, self.sites, given) if isinstance(decisions, SampleDecisions) else None
 
     def _call(self, decisions: Decisions, trial: Trial | None) -> PlainCall:
         """What the blocks of a call go through."""

@@ -83,11 +83,13 @@ def segment_specs(segments: Any) -> tuple[SegmentSpec, ...]:
     """Segments as a file keeps them.
 
     Raises:
-        ConfigError: as ``wrap``, or some have a policy or reuse of their own.
+        ConfigError: as ``wrap``, or some have a policy or reuse of their own, or are one pass of guidance.
     """
     found = parse_segments(segments)
     if any(segment.policy is not None or segment.reuse is not None for segment in found):
         raise ConfigError(f"segments={segments!r}: one decision covers them all here; leave their own policy and reuse out")
+    if any(segment.is_pass for segment in found):
+        raise ConfigError("the unconditional pass (segments='uncond') is no site of calibrations and plans; leave it out")
     return tuple(
         SegmentSpec.model_validate(
             {"start": segment.start, "stop": segment.stop, "modules": segment.names or None, "each": segment.each}

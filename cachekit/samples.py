@@ -18,15 +18,22 @@ class Samples:
     Attributes:
         count: number of samples, each of which is decided on by itself.
         passes: number of items of each sample.
+        each: rows of an item in the model's own arguments and result: more than one where an item is itself a batch.
     """
 
     count: int
     passes: int = 1
+    each: int = 1
 
     @property
     def batch(self) -> int:
         """Number of items."""
         return self.count * self.passes
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the batch."""
+        return self.batch * self.each
 
     @property
     def all(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from cachekit.signals import Signal, signals
 from cachekit.tree import Path
 
 MODEL = "model"
+UNCOND = "uncond"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Segment:
 
     Args:
         start, stop: block indices as in a Python slice: negative ones count from the end, None is the end itself.
-            Where an adapter groups blocks into units, they count units. ``start="model"`` is the whole prediction.
+            Where an adapter groups blocks into units, they count units. ``start="model"`` is the whole prediction,
+            ``start="uncond"`` that of the unconditional pass of guidance alone.
         policy: for this segment alone; None takes ``wrap``'s.
         reuse: for this segment alone; None takes ``wrap``'s.
         modules: in place of the blocks, their modules of these kinds, which share the decision: ``"attn"``, ``"cross_attn"``,
@@ -44,8 +46,13 @@ class Segment:
 
     @property
     def is_model(self) -> bool:
-        """Whether the site is the whole prediction."""
-        return self.start == MODEL
+        """Whether the site is the whole prediction, of both passes of guidance or of the unconditional one."""
+        return self.start in (MODEL, UNCOND)
+
+    @property
+    def is_pass(self) -> bool:
+        """Whether it is that of the unconditional pass alone."""
+        return self.start == UNCOND
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,13 +73,14 @@ WRITTEN: Mapping[str, Segment] = MappingProxyType(
         "blocks": Segment(each=True),
         "modules": Segment(modules=KINDS),
         MODEL: Segment(MODEL),
+        UNCOND: Segment(UNCOND),
         **{name: Segment(modules=name) for name in MODULES},
     }
 )
 
 
 def parse_segments(segments: Any) -> tuple[Segment, ...]:
-    """``None``/``"middle"``, ``"all"``/``"stack"``, ``"skip-K"``, ``"blocks"``, ``"modules"``, a kind of module, ``"model"``,
+    """``None``/``"middle"``, ``"all"``/``"stack"``, ``"skip-K"``, ``"blocks"``, ``"modules"``, a kind of module, ``"model"``, ``"uncond"``,
     (start, stop), a ``Segment``, or a list of these.
 
     Raises:
@@ -96,8 +104,8 @@ def parse_segments(segments: Any) -> tuple[Segment, ...]:
     if isinstance(segments, list | tuple) and segments and not any(isinstance(item, int | float) for item in segments):
         return tuple(found for item in segments for found in parse_segments(item))
     raise ConfigError(
-        f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'model', 'blocks', 'modules', 'attn', 'cross_attn', "
-        "'mlp', (start, stop), or a list of (start, stop) and cachekit.Segment(start, stop, policy=..., reuse=..., modules=...)"
+        f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'model', 'uncond', 'blocks', 'modules', 'attn', "
+        "'cross_attn', 'mlp', (start, stop), or a list of (start, stop) and cachekit.Segment(start, stop, policy=..., reuse=..., modules=...)"
     )
 
 
@@ -117,7 +125,7 @@ def _checked(segment: Segment) -> Segment:
     start, stop = segment.start, segment.stop
     if not _is_end(start) or not _is_end(stop):
         raise ConfigError(
-            f"Segment({start!r}, {stop!r}): start and stop are block numbers or None, or start alone is 'model'; "
+            f"Segment({start!r}, {stop!r}): start and stop are block numbers or None, or start alone is 'model' or 'uncond'; "
             "'middle', 'all' and 'skip-K' go into segments= as they are"
         )
     if isinstance(start, int) and isinstance(stop, int) and (start < 0) == (stop < 0) and start >= stop:

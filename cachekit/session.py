@@ -57,6 +57,9 @@ class Branch:
     ready: set[int] = field(default_factory=set)
     states: list[Any] = field(default_factory=list)
     sampled: Sampled | None = None
+    # The first of its generation; and what it returned last, where another branch is rebuilt from that.
+    leads: bool = False
+    prediction: dict[Path, Tensor] = field(default_factory=dict)
 
     @property
     def t(self) -> float:
@@ -90,13 +93,13 @@ class Branch:
         """Forget the graph and everything stored; the next call is a full one."""
         self.graph = self.layout = self.blocks = self.structure = None
         self.sites = ()
-        self.store, self.references, self.misses, self.ready = {}, {}, {}, set()
+        self.store, self.references, self.misses, self.ready, self.prediction = {}, {}, {}, set(), {}
         if self.sampled is not None:
             self.sampled.drop()
 
     @property
     def nbytes(self) -> int:
-        references = sum(value.numel() * value.element_size() for value in self.references.values())
+        references = sum(value.numel() * value.element_size() for value in (*self.references.values(), *self.prediction.values()))
         sampled = self.sampled.nbytes if self.sampled is not None else 0
         return references + sampled + sum(history.nbytes for history in self.store.values())
 
@@ -193,7 +196,7 @@ class Lane:
 
     def _branch(self, generation: Generation, inputs: Inputs) -> Branch:
         trace = None if inputs.sample is None else Trace.start(inputs.sample)
-        branch = Branch(self.name, inputs, trace)
+        branch = Branch(self.name, inputs, trace, leads=generation.t is None)
         generation.branches.append(branch)
         del generation.branches[:-MOST_BRANCHES]
         generation.t = inputs.t

@@ -22,12 +22,13 @@ class Trial:
         sampled: where to say it.
         sites: what is decided on.
         given: the model call, before it is run: the tried sample's rows are copied here.
+        part: which sample to try; the last one unless it is given.
     """
 
-    def __init__(self, sampled: Sampled, sites: tuple[Site, ...], given: Given) -> None:
+    def __init__(self, sampled: Sampled, sites: tuple[Site, ...], given: Given, part: Part | None = None) -> None:
         self.sampled, self.sites, self.given = sampled, sites, given
         # The last one: padding and masks tend to begin with the second.
-        self.part = Part(sampled.samples, sampled.samples.all[-1:])
+        self.part = part or Part(sampled.samples, sampled.samples.all[-1:])
         self.inputs = inputs_of(self.part, given)
         self.alone = Alone()
         self.waits = 0

@@ -11,6 +11,7 @@ from torch import nn
 from cachekit.adapter import Adapter, adapter_for
 from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
+from cachekit import guidance
 from cachekit.for_model import bound
 from cachekit.interceptors import owner_of
 from cachekit.policy import Preset
@@ -88,6 +89,7 @@ def wrap(
     adapter: Adapter | str | None = None,
     audit_every: int | None = None,
     per_sample: bool | int = False,
+    cond: guidance.Cond | None = None,
 ) -> M:
     """Make a transformer's block stack skippable per denoising step.
 
@@ -96,7 +98,7 @@ def wrap(
         policy: when to recompute: a spec such as ``"skip-every-2"``, ``"N2-700-50"`` or ``"every-2 | outside-700-50"``, or a
             ``Policy``.
         segments: where: ``"middle"`` (all but the first and last block; the default), ``"all"``, ``"skip-K"``, ``"model"`` (the
-            whole prediction), (start, stop), or a list of these and of ``Segment``.
+            whole prediction), ``"uncond"`` (that of guidance's unconditional pass), (start, stop), or a list of these and of ``Segment``.
         reuse: what a reused segment returns: ``"output"`` (the default of literal policies), ``"residual"``, ``"taylor-K"``,
             ``"residual-taylor-K"``, a published operator such as ``"bdf2"``, or a ``Forecast`` or other ``Reuse``.
         adapter: an ``Adapter`` or the name of one; found by the model's class otherwise.
@@ -105,12 +107,16 @@ def wrap(
         per_sample: decide for each sample of a batch by itself; blocks are run on those alone that are recomputed. Costs one more
             call with a single sample for each generation and branch. A number: so many rows in a row of the batch's length over
             it belong to each sample, as where a pipeline batches the passes of its guidance (2), and share its decision.
+        cond: for ``segments="uncond"``, which pass of guidance is the conditional one. ``"first"`` or ``"last"``: that half of
+            one batch. ``"before"``: of separate calls the first one of each step. None: of separate calls that of the branch
+            that is named ``"cond"``, by the pipeline or by ``model.cachekit.branch``.
 
     Returns:
         The same model, with ``model.cachekit`` for statistics and control. One that is wrapped already gets the new policy.
 
     Raises:
-        ConfigError: a policy, segment, reuse or adapter that can't be read, or an ``audit_every`` that is no positive number.
+        ConfigError: a policy, segment, reuse or adapter that can't be read, an ``audit_every`` that is no positive number, or what
+            can't go together.
         ModelError: not a module, or one that holds or lies in another wrapped module.
     """
     preset = parse_policy(policy)
@@ -122,8 +128,9 @@ def wrap(
     facts = adapter_for(model, adapter)
     sites = _sites(lambda written: bound(parse_policy(written), model, facts), preset, segments, reuse)
     passes = _passes(per_sample, sites, audit_every)
+    guidance.check(sites, cond, per_sample=bool(passes), audited=audit_every is not None)
     unwrap(model)
-    engine = Engine(model, sites, facts, audit_every, passes)
+    engine = Engine(model, sites, facts, audit_every, passes, cond)
     engine.attach()
     model.__dict__["cachekit"] = Handle(engine)
     return model
@@ -198,5 +205,5 @@ def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: 
             raise ConfigError(LACKING[of])
         made.append(site)
     if sum(site.segment.is_model for site in made) > 1:
-        raise ConfigError("segments name the whole prediction ('model') twice; once is enough")
+        raise ConfigError("segments name the whole prediction ('model', or 'uncond' of it) twice; once is enough")
     return tuple(made)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from cachekit.policies.reuses.bdf import Bdf
 from cachekit.policies.reuses.chebyshev import Chebyshev
+from cachekit.policies.reuses.frequencies import Frequencies
 from cachekit.policies.reuses.hermite import Hermite
 from cachekit.policies.reuses.log_snr import FlowLogSnr, LogSnr
 from cachekit.policies.reuses.mix import Mix
@@ -23,6 +24,7 @@ __all__ = [
     "Bdf",
     "Chebyshev",
     "FlowLogSnr",
+    "Frequencies",
     "Hermite",
     "LogSnr",
     "Mix",
@@ -45,6 +47,7 @@ REUSES: Mapping[str, Callable[..., Reuse]] = MappingProxyType(
         "chebyshev": Chebyshev,
         "bdf": Bdf,
         "mix": Mix,
+        "frequencies": Frequencies,
         "tokens": Tokens,
     }
 )
