@@ -18,8 +18,8 @@ from cachekit.refresh import refreshes
 from cachekit.reuse import Reuse, push
 from cachekit.segments import UNCOND, Site
 from cachekit.session import Branch, Generation
-from cachekit.tree import Path, replaced, tensors, without_tensors
 from cachekit.trajectory import Comparer
+from cachekit.tree import Path, replaced, tensors, without_tensors
 from cachekit.whole import VISIT
 
 Cond = Literal["first", "last", "before"]
@@ -67,8 +67,8 @@ def check(sites: tuple[Site, ...], cond: Any, *, per_sample: bool, audited: bool
     found = [site for site in sites if site.segment.is_pass]
     if cond not in (None, BEFORE, *HALVES):
         raise ConfigError(
-            f"cond={cond!r}: write 'first' or 'last', the conditional half of one batch; 'before' where the passes are separate calls, "
-            "the conditional one first; or None where they are named"
+            f"cond={cond!r}: write 'first' or 'last', the conditional half of one batch; 'before' where the passes are separate "
+            "calls, the conditional one first; or None where they are named"
         )
     if cond is not None and not found:
         raise ConfigError(f"cond={cond!r}, and no segment is {UNCOND!r}; leave cond out, or add the segment")

@@ -117,15 +117,16 @@ class BatchedPasses(PassDecisions):
         within = not self.sites[k].segment.is_pass and not self._is_check(k, v)
         if within and not self.alone and self.sampled is not None:
             # What has no rows for each half is found out at the end of the first call, and then nothing is reused.
-            value, entry = (t if t is None or not self.cond.samples.divide(t) else self.cond.take(t) for t in (value, entry))
+            value, entry = self._rows(value), None if entry is None else self._rows(entry)
         super().keep(k, v, path, value, entry)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return self.cond.take(tensor) if self.cond.samples.divide(tensor) else tensor
 
     def _now(self, k: int, of: Of) -> Tensor | None:
         # What the conditional half shows, on every step: the sample and the prediction are always those of both.
         now = super()._now(k, of)
-        if now is None or (self.alone and of not in ("sample", "prediction")) or not self.cond.samples.divide(now):
-            return now
-        return self.cond.take(now)
+        return now if now is None or (self.alone and of not in ("sample", "prediction")) else self._rows(now)
 
 
 def halved(graph: Graph, batched: Batched) -> Graph:

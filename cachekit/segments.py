@@ -80,8 +80,8 @@ WRITTEN: Mapping[str, Segment] = MappingProxyType(
 
 
 def parse_segments(segments: Any) -> tuple[Segment, ...]:
-    """``None``/``"middle"``, ``"all"``/``"stack"``, ``"skip-K"``, ``"blocks"``, ``"modules"``, a kind of module, ``"model"``, ``"uncond"``,
-    (start, stop), a ``Segment``, or a list of these.
+    """``None``/``"middle"``, ``"all"``/``"stack"``, ``"skip-K"``, ``"blocks"``, ``"modules"``, a kind of module, ``"model"``,
+    ``"uncond"``, (start, stop), a ``Segment``, or a list of these.
 
     Raises:
         ConfigError: anything else, or a range that no stack can have blocks in.
@@ -105,7 +105,8 @@ def parse_segments(segments: Any) -> tuple[Segment, ...]:
         return tuple(found for item in segments for found in parse_segments(item))
     raise ConfigError(
         f"unknown segments={segments!r}; write 'middle', 'all', 'skip-K', 'model', 'uncond', 'blocks', 'modules', 'attn', "
-        "'cross_attn', 'mlp', (start, stop), or a list of (start, stop) and cachekit.Segment(start, stop, policy=..., reuse=..., modules=...)"
+        "'cross_attn', 'mlp', (start, stop), or a list of these and of cachekit.Segment(start, stop, policy=..., reuse=..., "
+        "modules=...)"
     )
 
 

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from cachekit import guidance
 from cachekit.adapter import Adapter, adapter_for
 from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
-from cachekit import guidance
 from cachekit.for_model import bound
 from cachekit.interceptors import owner_of
 from cachekit.policy import Preset
@@ -98,7 +98,8 @@ def wrap(
         policy: when to recompute: a spec such as ``"skip-every-2"``, ``"N2-700-50"`` or ``"every-2 | outside-700-50"``, or a
             ``Policy``.
         segments: where: ``"middle"`` (all but the first and last block; the default), ``"all"``, ``"skip-K"``, ``"model"`` (the
-            whole prediction), ``"uncond"`` (that of guidance's unconditional pass), (start, stop), or a list of these and of ``Segment``.
+            whole prediction), ``"uncond"`` (that of guidance's unconditional pass), (start, stop), or a list of these and of
+            ``Segment``.
         reuse: what a reused segment returns: ``"output"`` (the default of literal policies), ``"residual"``, ``"taylor-K"``,
             ``"residual-taylor-K"``, a published operator such as ``"bdf2"``, or a ``Forecast`` or other ``Reuse``.
         adapter: an ``Adapter`` or the name of one; found by the model's class otherwise.

@@ -5,12 +5,14 @@ Nothing of the library is used but the cases' models.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from cases import Case, Shape
+from naive_modules import Held, paths
 from torch import Tensor
 
 DOUBLE = torch.float64
@@ -36,10 +38,13 @@ def half_of(given: Any, half: int, n: int) -> Any:
     return given
 
 
-def in_one_batch(case: Case, model: Any, times: Sequence[float], n: int, dtype: torch.dtype = DOUBLE) -> list[Tensor]:
-    """The predictions of a generation with both passes in each call."""
+def in_one_batch(
+    case: Case, model: Any, times: Sequence[float], n: int, dtype: torch.dtype = DOUBLE, start: float | None = None
+) -> list[Tensor]:
+    """The predictions of a generation, or of a part of one that started earlier, with both passes in each call."""
+    start = times[0] if start is None else start
     conditioning = case.conditioning(0, Shape(2 * n, dtype))
-    return [case.output(model(**batch_of(case, t, n, times[0], dtype), **conditioning)).clone() for t in times]
+    return [case.output(model(**batch_of(case, t, n, start, dtype), **conditioning)).clone() for t in times]
 
 
 def separately(
@@ -105,3 +110,33 @@ def weighted(difference: Tensor, low: float, high: float) -> Tensor:
 def published(difference: Tensor, t: float) -> Tensor:
     """With the weights that diffusers has: 1.1 within 99 < t < 901, and within -1 < t < 301."""
     return weighted(difference, 1.1 if 99 < t < 901 else 1.0, 1.1 if -1 < t < 301 else 1.0)
+
+
+def with_attention_held(
+    case: Case, model: Any, times: Sequence[float], n: int, half: int, attends: Both, share: Callable[[int, float], float]
+) -> list[Tensor]:
+    """The predictions of one pass alone, its attention's outputs on other steps F₀ + w (F₀ - F₁)."""
+    step: dict[str, Any] = {}
+    memory: dict[tuple[str, int, int], list[Tensor]] = {}
+
+    def leaves(path: str, module: Any, args: Any, result: Any) -> Any:
+        call = step["calls"][path] = step["calls"].get(path, -1) + 1
+        returned = list(result) if isinstance(result, tuple) else [result]
+        for k, tensor in enumerate(returned):
+            values = memory.setdefault((path, call, k), [])
+            if step["i"] == 0 or attends(step["i"], step["t"]):
+                values.insert(0, tensor.clone())
+            elif len(values) > 1:
+                returned[k] = values[0] + share(step["i"], step["t"]) * (values[0] - values[1])
+            else:
+                returned[k] = values[0]
+        return tuple(returned) if isinstance(result, tuple) else returned[0]
+
+    conditioning, found = half_of(case.conditioning(0, Shape(2 * n, DOUBLE)), half, n), []
+    with ExitStack() as hooks:
+        for path in paths(case, model, Held("attn", attends)):
+            hooks.callback(model.get_submodule(path).register_forward_hook(functools.partial(leaves, path)).remove)
+        for i, t in enumerate(times):
+            step.update(i=i, t=t, calls={})
+            found.append(case.output(model(**case.inputs(t, n, 0, DOUBLE, conditioning=conditioning, start=times[0]))).clone())
+    return found

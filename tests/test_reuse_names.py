@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 
 from cachekit import ConfigError, Forecast, Reuse
-from cachekit.policies.reuses import REUSES, Bdf, Chebyshev, FlowLogSnr, Hermite, LogSnr, Mix, Scale, TaylorSeer, Tokens
+from cachekit.policies.reuses import (
+    REUSES,
+    Bdf,
+    Chebyshev,
+    FlowLogSnr,
+    Frequencies,
+    Hermite,
+    LogSnr,
+    Mix,
+    Scale,
+    TaylorSeer,
+    Tokens,
+)
 from cachekit.reuse import parse_reuse
 
 SPECS: list[tuple[str, Reuse]] = [
@@ -28,6 +40,8 @@ SPECS: list[tuple[str, Reuse]] = [
     ("mix", Mix(0.0, 1.0)),
     ("mix-0.1-0.6", Mix(0.1, 0.6)),
     ("tokens-0.07", Tokens(0.07)),
+    ("frequencies", Frequencies(1.1, 1.1)),
+    ("frequencies-1.2-1", Frequencies(1.2, 1.0)),
 ]
 
 
@@ -40,7 +54,7 @@ def test_specs(spec: str, reuse: Reuse) -> None:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("hermit-2", r"known: bdf-ORDER, chebyshev-ORDER-EXTRA, hermite-ORDER-SCALE, mix-.*, tokens-SHARE; write 'output'"),
+        ("hermit-2", r"known: bdf-ORDER, chebyshev-ORDER-EXTRA, frequencies-LOW-HIGH, hermite-ORDER-SCALE, mix-.*, tokens-SHARE; write 'output'"),
         ("bdf-3", "does not fit bdf-ORDER.*less than or equal to 2"),
         ("hermite-2-0", "greater than 0"),
         ("chebyshev-2-1.5", "valid integer"),

@@ -47,7 +47,7 @@ from cachekit.policies.adacache import CODEBOOK, paced
 from cachekit.policies.delta_dit import stage
 from cachekit.policies.easycache import predicted
 from cachekit.policies.pab import broadcast
-from cachekit.policies.reuses import Bdf, Hermite, Mix, TaylorSeer, Tokens
+from cachekit.policies.reuses import Bdf, Frequencies, Hermite, Mix, TaylorSeer, Tokens
 from cachekit.policies.speca import verified
 from cachekit.policy import AllOf, AnyOf, Policy, Preset
 from cachekit.reuse import Forecast, parse_reuse
@@ -90,6 +90,11 @@ TGATE = [
     Segment(modules="cross_attn", policy=first(20)),
 ]
 
+FASTER = [
+    Segment("uncond", policy=broadcast(5, 641, -1), reuse=Frequencies()),
+    Segment(modules="attn", policy=broadcast(2, 681, -1) | broadcast(5, 641, -1)),
+]
+
 # A spec, the object that it means, and what that is made of.
 PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
     ("first-block", first_block(0.05), change(0.05, pooled=True), (1, None), "residual"),
@@ -99,7 +104,9 @@ PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
     ("fora-4", fora(4), every(4) | last(1), "modules", "output"),
     ("toca-3-0.07", toca(3, 0.07), every(3), "modules", Tokens(0.07, period=3)),
     ("duca-4-0.05", duca(4, 0.05), every(4), "modules", Tokens(0.05, by="random", period=4, alternate=True)),
-    ("fastercache", fastercache(2, 681), broadcast(2, 681, -1), "attn", Mix()),
+    ("fastercache-2-0", fastercache(2, 0), broadcast(2, 681, -1), "attn", Mix()),
+    ("fastercache", fastercache(2, 5), broadcast(2, 681, -1) | broadcast(5, 641, -1), FASTER, Mix()),
+    ("fastercache-3-4", fastercache(3, 4), broadcast(3, 681, -1) | broadcast(4, 641, -1), fastercache(3, 4).segments, Mix()),
     ("pab", pab(2, 3, 6, 800, 100), broadcast(2, 800, 100), PAB, "output"),
     ("tgate-20-2", tgate(20, 2), first(20), TGATE, "output"),
     ("taylorseer-5", taylorseer(5, 1), first(3) | at_most(4), "all", TaylorSeer(1, axis="grid")),

@@ -109,7 +109,7 @@ def test_toca_and_duca(case: Case, alternate: bool, by: Any) -> None:
 
 
 def test_spec_strings() -> None:
-    for spec, preset in (("toca-3-0.07", toca(3, 0.07)), ("duca-3-0.05", duca(3, 0.05)), ("fastercache", fastercache())):
+    for spec, preset in (("toca-3-0.07", toca(3, 0.07)), ("duca-3-0.05", duca(3, 0.05)), ("fastercache-3-0", fastercache(3, 0))):
         assert cachekit.spec.parse_policy(spec) == preset
     assert cachekit.reuse.parse_reuse("tokens-0.07") == Tokens(0.07)
     with pytest.raises(ConfigError, match="no beta"):
@@ -225,7 +225,7 @@ def test_a_reuse_that_names_tokens_holds_one_output() -> None:
 
 @pytest.mark.parametrize("case", (DIT, LATTE, FLUX), ids=str)
 @pytest.mark.parametrize("known", (True, False))
-def test_fastercache(case: Case, known: bool) -> None:
+def test_fastercaches_attention(case: Case, known: bool) -> None:
     """F₀ + w (F₀ - F₁) of computed values; w by the step where their number is known, else by t. One subtraction and weighted
     sum, here of the same terms: equal to rounding, see ``close``."""
 
@@ -237,11 +237,11 @@ def test_fastercache(case: Case, known: bool) -> None:
         return i % 2 == 0 or t >= 681
 
     expected = run(case, case.build().double(), TIMES, [Held("attn", full, formula=mixed)])
-    model = cachekit.wrap(case.build().double(), "fastercache")
+    model = cachekit.wrap(case.build().double(), "fastercache-2-0")
     shape = Shape(dtype=torch.float64)
-    found = ours(case, "fastercache", TIMES, torch.float64)[0] if known else generate(model, case, TIMES, shape=shape)
+    found = ours(case, "fastercache-2-0", TIMES, torch.float64)[0] if known else generate(model, case, TIMES, shape=shape)
     close(found, expected)
-    assert not found[-1].allclose(ours(case, "fastercache", TIMES, torch.float64, reuse=Forecast())[0][-1])
+    assert not found[-1].allclose(ours(case, "fastercache-2-0", TIMES, torch.float64, reuse=Forecast())[0][-1])
 
 
 def test_a_mix_holds_where_nothing_tells_how_far_it_is() -> None:

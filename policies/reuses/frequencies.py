@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY
 from typing import Annotated
 
 import torch
@@ -32,6 +33,7 @@ class Frequencies:
 
     low: NonNegativeFloat = 1.1
     high: NonNegativeFloat = 1.1
+    _: KW_ONLY
     low_start: NonNegativeFloat = 901.0
     low_close: Close = 99.0
     high_start: NonNegativeFloat = 301.0
@@ -90,4 +92,5 @@ class Frequencies:
         rows = torch.fft.fftfreq(height, 1 / height, device=value.device).round()
         columns = torch.arange(width // 2 + 1, device=value.device)
         inside = rows[:, None] ** 2 + columns**2 <= radius**2
-        return torch.fft.irfft2(torch.fft.rfft2(value) * inside, s=(height, width))
+        low: Tensor = torch.fft.irfft2(torch.fft.rfft2(value) * inside, s=(height, width))
+        return low
