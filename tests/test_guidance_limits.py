@@ -143,6 +143,33 @@ def test_the_first_called_is_the_conditional_one_where_that_is_said() -> None:
     assert any(RAN in note for note in model.cachekit.stats.notes)
 
 
+def test_the_same_sample_at_two_timesteps() -> None:
+    """The conditional pass of another timestep is none of this one."""
+    model: Any = cachekit.wrap(DIT.build().double(), every(9), segments="uncond", reuse=HELD)
+    plain, x = DIT.build().double(), DIT.sample(900.0, 0, shape_of(1))
+    calls = ((900, "cond"), (900, "uncond"), (800, "cond"), (700, "uncond"))
+    with model.cachekit.session(steps=3):
+        for t, name in calls:
+            given = {
+                "hidden_states": x,
+                "timestep": torch.tensor([t]),
+                "class_labels": torch.tensor([3 if name == "cond" else 1000]),
+            }
+            with model.cachekit.branch(name):
+                assert DIT.output(model(**given)).equal(DIT.output(plain(**given)))
+    assert any(RAN in note for note in stats(model).notes)
+
+
+def test_blocks_beside_a_pass_run_wherever_both_passes_do() -> None:
+    """In one batch, whatever their own policy says: what they hold is the conditional half's."""
+    both, often = At(frozenset({0, 3, 5})), At(frozenset({0, 4}))
+    put = [Segment("uncond", policy=both, reuse=HELD), Segment(policy=often)]
+    model = cachekit.wrap(DIT.build().double(), segments=put, cond="last")
+    found, plain = (in_one_batch(DIT, each, TIMES, 2) for each in (model, DIT.build().double()))
+    assert all(found[i].equal(plain[i]) for i in (0, 3, 5)) and same(found[4].chunk(2)[1], plain[4].chunk(2)[1])
+    assert [sum(record.shares or record.recomputed) / 6 for record in stats(model).records] == [1, 0, 0, 1, 0.5, 1, 0, 0]
+
+
 def test_passes_without_names() -> None:
     """Which is the conditional one is never guessed."""
     model = cachekit.wrap(WAN.build(), every(3), segments="uncond", reuse=HELD)
