@@ -18,8 +18,9 @@ from cachekit.audit import WRITES, Auditor, Shadow, ShadowCall, audit
 from cachekit.call import Given, GraphChanged, KnownCall, Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ModelError
-from cachekit.guidance import HALVES, PassDecisions, Run, SeparatePasses
+from cachekit.guidance import HALVES, PassDecisions, Run
 from cachekit.guidance_batch import BatchedPasses
+from cachekit.guidance_calls import SeparatePasses
 from cachekit.inputs import Inputs, Reader
 from cachekit.interceptors import WHOLE, Interceptors
 from cachekit.lanes import Lanes

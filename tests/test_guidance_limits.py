@@ -333,6 +333,44 @@ def test_another_dtype_drops_what_is_stored(which: Any) -> None:
     assert dict(stats(model).dropped) == {"another shape, dtype or device": 1}
 
 
+class Telling(Casting):
+    """A model that returns something more where it is asked to."""
+
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor, more: bool = False) -> Any:
+        x = super().forward(x, timestep, y)
+        return (x, x.mean(-1)) if more else x
+
+
+def test_passes_that_return_other_tensors() -> None:
+    model: Any = cachekit.wrap(Telling(), every(9), segments="uncond", reuse=HELD)
+    fresh = Telling()
+    fresh.load_state_dict(model.state_dict())
+    x, ys = torch.randn(1, 5, 4), torch.randn(2, 1, 5, 4)
+    for t in (900.0, 800.0, 700.0):
+        given = x + t / 1000, torch.full((1,), t)
+        with model.cachekit.branch("cond"):
+            model(*given, ys[0])
+        with model.cachekit.branch("uncond"):
+            found = model(*given, ys[1], more=True)
+        assert all(a.equal(b) for a, b in zip(found, fresh(*given, ys[1], more=True), strict=True))
+    assert any("return other tensors" in note for note in stats(model).notes)
+
+
+@pytest.mark.parametrize("which", ("first", "before"))
+def test_inference_mode(which: Any) -> None:
+    """Whose tensors can't be written into later, and don't tell whether somebody did."""
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        model = cachekit.wrap(DIT.build().double(), "fastercache", cond=which)
+        with mode():
+            if which == "first":
+                found.append(in_one_batch(DIT, model, TIMES, 1))
+            else:
+                found.append(sum(separately(DIT, model, TIMES, 1, lambda _: (0, 1)), []))
+        assert stats(model).blocks_run < stats(model).blocks_total and not stats(model).notes
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
 def test_frequencies_need_height_and_width() -> None:
     model: Any = cachekit.wrap(FLUX.build().double(), every(3), segments="uncond", reuse=Frequencies(), cond="last")
     more = FLUX.conditioning(0, shape_of(2))
