@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from cachekit.demo.bootstrap import LEAST_SAMPLES, Interval
 from cachekit.demo.measure import Measured
@@ -21,7 +22,7 @@ def quality_table(solver: str, found: Sequence[Measured], real: Floors, n: int, 
         n: number of samples in each row.
         plain: the uncached row of the model that speed-ups are given against as well.
     """
-    made = Table(title=f"{solver}: quality", caption=_caption(found, real, n), caption_justify="left")
+    made = Table(title=f"{solver}: quality", caption=Text(_caption(found, real, n)), caption_justify="left")
     against = [] if plain is None else ["against plain"]
     distances = [title for name in real for title in (f"Frechet, {name}", "to uncached")]
     for k, column in enumerate(["", "speed-up", *against, *distances, "PSNR", "SSIM"]):
