@@ -18,8 +18,9 @@ COND = "cond"
 
 NO_PEER = (
     "the unconditional pass ran where it could have been rebuilt: at that step no conditional pass had run before it on the same "
-    "sample; name the passes with model.cachekit.branch('cond') and ('uncond'), the former first, or say wrap(..., cond='before') "
-    "where the first call of each step is the conditional one, cond='first' or 'last' where it is that half of one batch"
+    "sample, or several; name the passes with model.cachekit.branch('cond') and ('uncond'), the former first, or say "
+    "wrap(..., cond='before') where the first call of each step is the conditional one, cond='first' or 'last' where it is that "
+    "half of one batch"
 )
 OTHERS = "the unconditional pass ran on every step: the two passes return other tensors"
 
@@ -79,14 +80,15 @@ def _is_cond(branch: Branch, cond: str | None) -> bool:
 
 
 def _peer(branch: Branch, generation: Generation, cond: str | None, comparer: Comparer) -> Branch | None:
-    """The conditional pass, where it has run at this very step."""
-    for other in generation.branches:
-        if _is_cond(other, cond) and other is not branch and other.t == branch.t:
-            if branch.inputs.sample is None or other.trace is None:
-                # Nothing but their numbers tells a solver's two evaluations at one timestep apart.
-                same = branch.inputs.sample is None and other.trace is None and other.i == branch.i
-            else:
-                same = other.trace.ends_at(branch.inputs.sample, comparer)
-            if same and other.prediction:
-                return other
-    return None
+    """The conditional pass, where it has run at this very step; None of several, since which one is meant can't be known."""
+    found = [other for other in generation.branches if _is_cond(other, cond) and _beside(other, branch, comparer)]
+    return found[0] if len(found) == 1 else None
+
+
+def _beside(other: Branch, branch: Branch, comparer: Comparer) -> bool:
+    if other is branch or other.t != branch.t or not other.prediction:
+        return False
+    if branch.inputs.sample is None or other.trace is None:
+        # Nothing but their numbers tells a solver's two evaluations at one timestep apart.
+        return branch.inputs.sample is None and other.trace is None and other.i == branch.i
+    return other.trace.ends_at(branch.inputs.sample, comparer)

@@ -206,6 +206,19 @@ def test_a_solver_with_two_evaluations_at_one_timestep() -> None:
     assert recomputed(model)[1::2] == [True, False, False, False, False]
 
 
+def test_two_passes_of_one_name() -> None:
+    """Guidance by two prompts, both called "cond": which of them is meant can't be known."""
+    model, plain = cachekit.wrap(WAN.build().double(), every(5), segments="uncond", reuse=HELD), WAN.build().double()
+    for t in TIMES:
+        x = WAN.sample(t, shape=shape_of(1), start=TIMES[0])
+        for prompt, name in ((0, "cond"), (2, "cond"), (1, "uncond")):
+            inputs = {"hidden_states": x, "timestep": WAN.timestep(t, shape_of(1)), **WAN.conditioning(prompt, shape_of(1))}
+            with model.cache_context(name):
+                assert WAN.output(model(**inputs)).equal(WAN.output(plain(**inputs)))
+    assert stats(model).generations == 1
+    assert [RAN in note for note in stats(model).notes] == [True]
+
+
 def test_three_passes() -> None:
     """Perturbed guidance: each of the others is rebuilt with a difference of its own."""
     conditionings = [WAN.conditioning(k, shape_of(4)) for k in range(3)]
