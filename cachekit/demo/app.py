@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cachekit.demo.compare import Entry, compare_all
+from cachekit.demo.compare import FIRST_SEED, Entry, compare_all
+from cachekit.demo.kept import Kept
 from cachekit.demo.rows import POLICIES, rows_of
 from cachekit.demo.shipped import SHIPPED, find_target
 from cachekit.errors import CachekitError
@@ -64,6 +65,11 @@ def compare(
     fine: Annotated[
         int | None, typer.Option(min=0, help="On how many seeds the fine solution is computed; all if left out.")
     ] = None,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first noise seed.")] = FIRST_SEED,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Folder for finished runs, from which a comparison goes on that was stopped, or that others share."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for compare.json and the pictures.")] = Path("cachekit-compare"),
 ) -> None:
     """Sample models uncached, with fewer steps and under several policies, and show what each costs and gains."""
@@ -75,7 +81,7 @@ def compare(
             Entry(find_target(name, images), rows, name if len(names) > 1 else "")
             for name, rows in zip(names, rows_of(names, chosen), strict=True)
         ]
-        compare_all(entries, seeds, out, console, steps or (), fine)
+        compare_all(entries, seeds, out, console, steps or (), fine, first_seed, Kept(keep, f"{images} a seed"))
     except CachekitError as error:
         Console(stderr=True).print(f"cachekit: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(2) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -14,12 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cachekit.demo import pictures, report
-from cachekit.demo.frechet import floor
+from cachekit.demo import report
+from cachekit.demo.kept import Kept
 from cachekit.demo.measure import Measured, measure
-from cachekit.demo.pareto import pareto
-from cachekit.demo.report_quality import quality_table
 from cachekit.demo.rows import rows_for
+from cachekit.demo.show import show
 from cachekit.demo.target import Solver, Target
 from cachekit.errors import ConfigError
 
@@ -60,7 +60,14 @@ def compare(target: Target, policies: Sequence[str], seeds: int, out: Path, cons
 
 
 def compare_all(
-    entries: Sequence[Entry], seeds: int, out: Path, console: Console, bases: Sequence[int] = (), fine: int | None = None
+    entries: Sequence[Entry],
+    seeds: int,
+    out: Path,
+    console: Console,
+    bases: Sequence[int] = (),
+    fine: int | None = None,
+    first: int = FIRST_SEED,
+    kept: Kept | None = None,
 ) -> list[dict[str, Any]]:
     """As ``compare``, several targets side by side: all their rows take turns, so that times compare.
 
@@ -70,6 +77,8 @@ def compare_all(
         bases: numbers of steps of the full run; the first solver is then shown at each of them, and the others as rows only.
             None leaves every solver its own.
         fine: on how many seeds the fine solution is computed; None means all.
+        first: the first noise seed; the others follow.
+        kept: where finished runs are kept, and taken from.
 
     Returns:
         What ``compare.json`` holds for each target; with several it holds them as a list.
@@ -78,18 +87,22 @@ def compare_all(
         ConfigError: targets that have no solver in common, or bases for a solver that takes no steps.
     """
     out.mkdir(parents=True, exist_ok=True)
-    chosen = list(range(FIRST_SEED, FIRST_SEED + seeds))
-    runs = _runs(entries, bases)
+    chosen = list(range(first, first + seeds))
+    runs, kept = _runs(entries, bases), kept or Kept()
     with _progress(console) as progress:
-        solutions = [_fine(entry.target, chosen[:fine], progress) for entry in entries]
-        found = [_measured(entries, solvers, chosen, solutions, progress) for solvers in runs]
+        solutions = [_fine(entry.target, chosen[:fine], progress, kept) for entry in entries]
+        found = [_measured(entries, solvers, chosen, solutions, progress, kept) for solvers in runs]
+    if kept.taken:
+        console.print(f"{kept.taken} runs were kept from before; wall times are those measured then.")
     written = []
     for k, entry in enumerate(entries):
         said: dict[str, Any] = {"target": entry.target.name, "seeds": chosen, "environment": report.environment(), "solvers": {}}
         for solvers, rows in zip(runs, found, strict=True):
             plain = rows[-1][0] if len(entries) > 1 else None
             key = f"{solvers[k].name}, {solvers[k].steps} steps" if bases else solvers[k].name
-            said["solvers"][key] = _show(entry, key, solvers[k], rows[k], plain, out, console)
+            title = f"{entry.target.name}: {solvers[k].name}" if entry.name else solvers[k].name
+            name = re.sub(r"\W+", "-", f"{entry.name} {key}".lower()).strip("-")
+            said["solvers"][key] = show(entry.target, title, name, solvers[k], rows[k], plain, out, console)
         written.append(said)
     (out / "compare.json").write_text(json.dumps(written if len(written) > 1 else written[0], indent=1))
     console.print(f"\nWritten to {out}: compare.json, " + ", ".join(sorted(path.name for path in out.glob("*.png"))))
@@ -111,14 +124,19 @@ def _runs(entries: Sequence[Entry], bases: Sequence[int]) -> list[tuple[Solver, 
 
 
 def _measured(
-    entries: Sequence[Entry], solvers: Sequence[Solver], seeds: Sequence[int], fine: Sequence[list[Tensor]], progress: Progress
+    entries: Sequence[Entry],
+    solvers: Sequence[Solver],
+    seeds: Sequence[int],
+    fine: Sequence[list[Tensor]],
+    progress: Progress,
+    kept: Kept,
 ) -> list[list[Measured]]:
     """One table's rows, for each target."""
     tables = [
         (entry.target, rows_for(entry.target, solver, entry.policies)) for entry, solver in zip(entries, solvers, strict=True)
     ]
     task = progress.add_task(solvers[0].name, total=sum(len(rows) for _, rows in tables) * len(seeds), row="")
-    return measure(tables, seeds, fine, lambda label: progress.update(task, advance=1, row=label))
+    return measure(tables, seeds, fine, lambda label: progress.update(task, advance=1, row=label), kept)
 
 
 def _progress(console: Console) -> Progress:
@@ -126,45 +144,14 @@ def _progress(console: Console) -> Progress:
     return Progress(TextColumn("{task.description}"), *bar, TextColumn("{task.fields[row]}"), console=console)
 
 
-def _fine(target: Target, seeds: Sequence[int], progress: Progress) -> list[Tensor]:
-    if target.fine is None or not seeds:
+def _fine(target: Target, seeds: Sequence[int], progress: Progress, kept: Kept) -> list[Tensor]:
+    fine = target.fine
+    if fine is None:
         return []
     solved = []
     task = progress.add_task("fine solution", total=len(seeds), row="")
     with torch.inference_mode():
         for seed in seeds:
-            solved.append(target.fine(seed).cpu())
+            solved.append(kept.solution(target, seed, functools.partial(fine, seed)).cpu())
             progress.advance(task)
     return solved
-
-
-def _show(
-    entry: Entry, key: str, solver: Solver, found: list[Measured], plain: Measured | None, out: Path, console: Console
-) -> dict[str, Any]:
-    target, n = entry.target, sum(len(samples) for samples in found[0].samples)
-    real = {kind.name: floor(kind, n) for kind in target.real}
-    said = report.verdict(solver.name, found)
-    title = f"{target.name}: {solver.name}" if entry.name else solver.name
-    console.print()
-    console.print(report.table(title, solver.steps, found, real, n, plain))
-    if any(each.quality.frechet or each.quality.ssim for each in found):
-        console.print(quality_table(title, found, real, n, plain))
-    for sentence in said:
-        console.print(f"  {sentence}", highlight=False)
-    for note in sorted({f"{each.row.label}: {note}" for each in found for note in each.notes}):
-        console.print(f"  note, {note}", highlight=False)
-    name = re.sub(r"\W+", "-", f"{entry.name} {key}".lower()).strip("-")
-    steps = f", {solver.steps} steps" if solver.steps else ""
-    pictures.sample_grid(
-        target, f"{target.name}: {solver.name}{steps}, the same noise in each row", found, out / f"samples-{name}.png"
-    )
-    pictures.block_map(f"{solver.name}{steps}", found, out / f"map-{name}.png")
-    pareto(f"{target.name}: {solver.name}{steps}", found, out / f"pareto-{name}.png")
-    rows = report.as_json(found, plain)
-    return {
-        "steps": solver.steps,
-        "samples": n,
-        "real": {name: list(each) for name, each in real.items()},
-        "verdict": said,
-        "rows": rows,
-    }

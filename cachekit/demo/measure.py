@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import cachekit
+from cachekit.demo.kept import Kept, Ran
 from cachekit.demo.quality import Quality, assess
 from cachekit.demo.rows import Row
 from cachekit.demo.target import Target
@@ -47,6 +49,13 @@ class Measured:
     rival_errors: list[float] = field(default_factory=list)
     quality: Quality = field(default_factory=Quality)
 
+    def add(self, ran: Ran) -> None:
+        """One more seed's run."""
+        self.seconds.append(ran.seconds)
+        self.samples.append(ran.samples)
+        self.blocks_run, self.blocks_total, self.bytes_peak = ran.blocks_run, ran.blocks_total, ran.bytes_peak
+        self.records, self.notes = list(ran.records), list(ran.notes)
+
     @property
     def distance(self) -> float | None:
         """Frechet distance of all samples to real data, in the first kind of features."""
@@ -69,6 +78,7 @@ def measure(
     seeds: Sequence[int],
     fine: Sequence[Sequence[Tensor]],
     tick: Callable[[str], Any],
+    kept: Kept,
 ) -> list[list[Measured]]:
     """Run every row of every target on every seed.
 
@@ -80,6 +90,7 @@ def measure(
         seeds: of the noise.
         fine: for each target the fine solutions of the first seeds, or of none.
         tick: told each run's label when it is over.
+        kept: where finished runs are kept.
     """
     found = [[Measured(row) for row in rows] for _, rows in tables]
     jobs = [(target, each) for (target, _), rows in zip(tables, found, strict=True) for each in rows]
@@ -87,7 +98,7 @@ def measure(
         for k, seed in enumerate(seeds):
             turn = k * len(jobs) // len(seeds)
             for target, each in jobs[turn:] + jobs[:turn]:
-                _run(target, each, seed)
+                each.add(kept.run(target, each.row, seed, functools.partial(_run, target, each.row, seed)))
                 tick(each.row.label)
     for (target, _), rows, solutions in zip(tables, found, fine, strict=True):
         cachekit.unwrap(target.model)
@@ -95,8 +106,7 @@ def measure(
     return found
 
 
-def _run(target: Target, each: Measured, seed: int) -> None:
-    row = each.row
+def _run(target: Target, row: Row, seed: int) -> Ran:
     # every(1) is the uncached model bit for bit, but counts its blocks; timed runs of uncached rows go unwrapped.
     if row.kind == "cached":
         cachekit.wrap(target.model, row.policy, segments=row.segments, reuse=row.reuse)
@@ -104,12 +114,12 @@ def _run(target: Target, each: Measured, seed: int) -> None:
         cachekit.unwrap(target.model)
     start = time.perf_counter()
     samples = row.solver.run(seed, row.steps).cpu()
-    each.seconds.append(time.perf_counter() - start)
-    each.samples.append(samples)
-    if row.kind == "cached":
-        stats: Stats = target.model.cachekit.stats  # type: ignore[union-attr, assignment]
-        each.blocks_run, each.blocks_total, each.bytes_peak = stats.blocks_run, stats.blocks_total, stats.bytes_peak
-        each.records, each.notes = list(stats.records), sorted(stats.notes)
+    seconds = time.perf_counter() - start
+    if row.kind != "cached":
+        return Ran(seconds, samples)
+    stats: Stats = target.model.cachekit.stats  # type: ignore[union-attr, assignment]
+    counts = stats.blocks_run, stats.blocks_total, stats.bytes_peak
+    return Ran(seconds, samples, *counts, tuple(sorted(stats.notes)), tuple(stats.records))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

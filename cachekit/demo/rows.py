@@ -64,9 +64,9 @@ def parse_cached(text: str, solver: Solver) -> Row:
 
 
 def rows_for(target: Target, solver: Solver, policies: tuple[str, ...]) -> list[Row]:
-    """All rows of one solver's table, the uncached one first."""
+    """All rows of one solver's table, the uncached one first; it is the only one of a target without policies."""
     rows = [Row("uncached", "uncached", solver, solver.steps)]
-    if solver.steps is not None:
+    if policies and solver.steps is not None:
         counts = sorted({max(1, round(share * solver.steps)) for share in SHARES} - {solver.steps}, reverse=True)
         rows += [Row(f"{steps} steps", "fewer", solver, steps) for steps in counts]
         for better in target.solvers[1:] if solver is target.solvers[0] else ():
