@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from cachekit import module_store
+from cachekit import measured, module_store
 from cachekit.decisions import Decisions
 from cachekit.graph import Graph, Visit, has_signature, signature
+from cachekit.inside import ATTENTION
 from cachekit.module_store import Entering
 from cachekit.segments import Action, Layout
 from cachekit.tree import Path, arguments, get, pick, replaced, tensors
+from cachekit.values import Measures
 
 Original = Callable[..., Any]
 # Positional and keyword arguments.
@@ -42,6 +44,9 @@ class PlainCall:
         self.modules.append(True)
         return original(*args, **kwargs)
 
+    def show(self, values: Tensor) -> None:
+        """The module that runs makes value vectors (batch, tokens, heads, width)."""
+
 
 class KnownCall(PlainCall):
     """A call whose graph is known: segments are recomputed or reused, and what the call shows is checked against it."""
@@ -55,6 +60,7 @@ class KnownCall(PlainCall):
         self._entering: dict[int, dict[Path, Tensor]] = {}
         self._returned: dict[Path, tuple[Tensor, int | None]] = {}
         self._called = 0
+        self.measures = Measures(site.reuse for site in decisions.sites)
         # Whether a block is running on a part of the batch. Its modules are no sites: it is one itself.
         self.in_part = False
 
@@ -116,8 +122,11 @@ class KnownCall(PlainCall):
             return super().module(name, original, args, kwargs)
         if tuple((path, signature(tensor)) for path, tensor in arguments(args, kwargs)) != seen.inputs:
             raise GraphChanged("another shape, dtype or device")
+        self.measures.begin()
         if k is None:
-            return super().module(name, original, args, kwargs)
+            result = super().module(name, original, args, kwargs)
+            self._measured(v, n)
+            return result
         runs = self.decisions.recompute(k)
         entering = module_store.entering(self.decisions, k, seen, args, kwargs)
         if not runs:
@@ -127,7 +136,20 @@ class KnownCall(PlainCall):
         if tuple((path, signature(tensor)) for path, tensor in tensors(result)) != seen.returned:
             raise GraphChanged("a module that returns something else")
         module_store.keep(self.decisions, k, (v, n), seen, result, entering)
+        self._measured(v, n)
         return result
+
+    def show(self, values: Tensor) -> None:
+        """Measure them."""
+        self.measures.show(values)
+
+    def _measured(self, v: int, n: int) -> None:
+        visit = self.graph.visits[v]
+        if visit.modules[n].kind != ATTENTION:
+            return
+        if visit.modules[n].values != self.measures.shapes:
+            raise GraphChanged("other value vectors in attention")
+        measured.remember(self.decisions, visit, self.layout.modules[v], (v, n), self.measures.found)
 
     def finish(self) -> None:
         """Check that the call had all of the graph's visits.

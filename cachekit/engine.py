@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cachekit import refresh
 from cachekit.adapter import Adapter
@@ -33,6 +33,7 @@ from cachekit.stats import Record, Stats
 from cachekit.sub_batch import known_call, run_part
 from cachekit.tree import tensors
 from cachekit.trial import Trial
+from cachekit.values import measures
 from cachekit.watched import WatchedCall
 from cachekit.whole import store_prediction, whole_prediction
 
@@ -44,7 +45,7 @@ class _Local(threading.local):
 
     call: PlainCall | None = None
     block: str | None = None
-    module: bool = False
+    module: str | None = None
 
 
 class Engine:
@@ -70,6 +71,7 @@ class Engine:
         self.removed = False
         self.reader = Reader(model.forward, adapter)
         self.looks_inside = any(signal.of == "modulated" for site in sites for signal in site.signals)
+        self.measures = any(measures(site.reuse) for site in sites)
         self._fresh()
 
     def _fresh(self) -> None:
@@ -146,13 +148,19 @@ class Engine:
         """A module of a block is called."""
         local = self._local
         # One that lies in another, or in several blocks, is its own block's, and once.
-        if local.call is None or local.block != block or local.module or self.peeker.peeking:
+        if local.call is None or local.block != block or local.module is not None or self.peeker.peeking:
             return original(*args, **kwargs)
-        local.module = True
+        local.module = name
         try:
             return local.call.module(name, original, args, kwargs)
         finally:
-            local.module = False
+            local.module = None
+
+    def values(self, block: str, name: str, values: Tensor | None) -> None:
+        """A layer within a module of a block has made value vectors."""
+        local = self._local
+        if local.call is not None and (local.block, local.module) == (block, name) and values is not None:
+            local.call.show(values)
 
     def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model is called."""

@@ -53,6 +53,7 @@ class ModuleVisit:
         structure: the result with its tensors left out.
         writes: it writes into what it takes, so that it can't be left out.
         tokenwise: each token of its output comes from the same token of its input, where that was tried.
+        values: (batch, tokens) of each tensor of value vectors that self-attention made, where these are looked at.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ModuleVisit:
     structure: Any = field(compare=False, repr=False)
     writes: bool = False
     tokenwise: bool = False
+    values: tuple[tuple[int, ...], ...] = ()
 
     @property
     def held(self) -> tuple[tuple[Path, Signature], ...]:

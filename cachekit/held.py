@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from cachekit.graph import Graph, Signature
 from cachekit.policy import Policy
 from cachekit.refresh import AGES, refreshes, takes_tokens
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, expanded, lay_out, parse_segments
+from cachekit.values import measures
 
 
 def nbytes(graph: Graph, segments: Any = None, reuse: Any = "output") -> int:
@@ -41,7 +44,10 @@ def nbytes(graph: Graph, segments: Any = None, reuse: Any = "output") -> int:
             if k is not None:
                 total += sum(_size(sig) for _, sig in module.held) * sites[k].reuse.length
                 if refreshes(sites[k].reuse) and takes_tokens(module):
-                    total += math.prod(module.inputs[0][1][0][:2]) * AGES.itemsize
+                    tokens, (_, dtype, _) = math.prod(module.inputs[0][1][0][:2]), module.inputs[0][1]
+                    total += tokens * AGES.itemsize
+                    if measures(sites[k].reuse):
+                        total += tokens * torch.promote_types(dtype, torch.float32).itemsize
     return total
 
 

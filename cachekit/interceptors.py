@@ -8,15 +8,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cachekit.adapter import Adapter
 from cachekit.blocks import find_blocks
 from cachekit.graph import Graph
-from cachekit.inside import CROSS, MLP, Role, find_modules
+from cachekit.inside import ATTENTION, CROSS, MLP, Role, find_modules
 from cachekit.patch import Patch
 from cachekit.peek import Peeker, intercept_look
 from cachekit.session import Name
+from cachekit.values import Projection, projections
 
 Original = Callable[..., Any]
 # A module, the name of its method, what stands in for that, and what this is bound to.
@@ -40,12 +41,15 @@ class Intercepted(Protocol):
     removed: bool
     peeker: Peeker
     looks_inside: bool
+    measures: bool
 
     def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
     def block(self, path: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
     def module(self, block: str, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def values(self, block: str, name: str, values: Tensor | None) -> None: ...
 
     def named(self, name: Name) -> AbstractContextManager[None]: ...
 
@@ -91,7 +95,7 @@ class Interceptors:
                 self.patches.append(Patch(module, name, function, *bound))
 
     def _modules(self, engine: Intercepted, path: str, block: nn.Module, adapter: Adapter) -> Iterator[Target]:
-        """A target for each module of a block, unless the block's compiled code hides them."""
+        """A target for each module of a block, and for what is looked at within it, unless the block's compiled code hides them."""
         self.hidden.discard(path)
         if getattr(block, COMPILED, None) is not None:
             self.hidden.add(path)
@@ -99,6 +103,9 @@ class Interceptors:
         for name, (module, role) in find_modules(path, block, adapter).items():
             self.roles[path, name] = role
             yield module, "forward", intercept_module, (engine, path, name)
+            if engine.measures and role.kind == ATTENTION:
+                for layer, projection in projections(module, adapter.values):
+                    yield layer, "forward", intercept_values, (engine, path, name, projection)
 
     def notes(self, graph: Graph) -> set[str]:
         """A sentence for what keeps modules of a graph's blocks from being sites."""
@@ -171,6 +178,16 @@ def intercept_module(engine: Intercepted, block: str, name: str, original: Origi
     if torch.compiler.is_compiling():
         return original(*args, **kwargs)
     return engine.module(block, name, original, args, kwargs)
+
+
+def intercept_values(
+    engine: Intercepted, block: str, name: str, projection: Projection, original: Original, *args: Any, **kwargs: Any
+) -> Any:
+    """Stands in the place of the forward of a layer that makes value vectors, within a module of a block."""
+    result = original(*args, **kwargs)
+    if not torch.compiler.is_compiling():
+        engine.values(block, name, projection.values(result))
+    return result
 
 
 @contextmanager

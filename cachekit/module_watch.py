@@ -7,9 +7,10 @@ from typing import Any
 
 from cachekit.call import Original
 from cachekit.graph import Graph, ModuleVisit, Signature, signature
-from cachekit.inside import Role, kind_of
+from cachekit.inside import ATTENTION, Role, kind_of
 from cachekit.refresh import is_tokenwise
 from cachekit.tree import Path, arguments, tensors, without_tensors
+from cachekit.values import Measures
 from cachekit.watch import Known
 
 
@@ -20,12 +21,21 @@ class ModuleWatch:
         self.seen: dict[int, list[ModuleVisit]] = {}
 
     def call(
-        self, v: int, name: str, role: Role, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: bool = False
+        self,
+        v: int,
+        name: str,
+        role: Role,
+        original: Original,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tokens: bool = False,
+        measures: Measures | None = None,
     ) -> tuple[Any, ModuleVisit]:
         """Run a module within visit v; returns what it returned, and what was seen.
 
         Args:
             tokens: try whether an MLP treats each token alone, which costs half a call of it.
+            measures: are shown the value vectors that the call makes.
         """
         taken = [(path, Known(tensor), signature(tensor), tensor) for path, tensor in arguments(args, kwargs)]
         result = original(*args, **kwargs)
@@ -46,6 +56,8 @@ class ModuleWatch:
             structure=without_tensors(result),
             writes=writes,
         )
+        if measures is not None and seen.kind == ATTENTION:
+            seen = replace(seen, values=measures.shapes)
         if tokens:
             seen = replace(seen, tokenwise=is_tokenwise(original, args, kwargs, seen, result))
         self.seen.setdefault(v, []).append(seen)

@@ -25,7 +25,9 @@ NO_TOKENS = "tokens are recomputed in MLPs alone, and no segment with such a reu
 class Refreshing(Reuse, Protocol):
     """A reuse that names tokens to recompute. It must hold the newest output itself: ``length`` 1, ``beta`` 0, a weight of 1."""
 
-    def choose(self, entering: Tensor, held: Tensor, ages: Tensor, step: Step, since: int) -> Tensor | None:
+    def choose(
+        self, entering: Tensor, held: Tensor, ages: Tensor, step: Step, since: int, measured: Tensor | None
+    ) -> Tensor | None:
         """Which tokens of a module to compute anew on a reused step.
 
         Args:
@@ -34,6 +36,8 @@ class Refreshing(Reuse, Protocol):
             ages: for each token the number of reused steps, before this one, since its value was computed, (batch, tokens).
             step: this step.
             since: number of steps since the module was recomputed as a whole; 1 on the first reused one.
+            measured: what its ``measure`` made of the tokens' value vectors when the block's self-attention last ran, (batch,
+                tokens); None of a reuse that measures nothing (``cachekit.values.Measuring``).
 
         Returns:
             Indices without repeats, (batch, k); None to hold all.
@@ -123,7 +127,8 @@ def refresh(
     (time, held), (then, ages) = store[k, v, path].entries[0], store[k, v, (*path, "ages")].entries[0]
     at = seen.inputs[0][0]
     entering = pick(*given, at)
-    chosen = reuse.choose(entering, held, ages, decisions.step, decisions.step.i - int(then))
+    measured = decisions.branch.measured.get((v, int(path[0])))
+    chosen = reuse.choose(entering, held, ages, decisions.step, decisions.step.i - int(then), measured)
     ages = ages + 1
     if chosen is not None and chosen.shape[1]:
         args, kwargs = with_input(*given, at, entering.gather(1, _over(chosen, entering)))

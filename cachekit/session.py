@@ -54,6 +54,8 @@ class Branch:
     store: dict[Key, History] = field(default_factory=dict)
     references: dict[tuple[int, Signal], Tensor] = field(default_factory=dict)
     misses: dict[int, Miss] = field(default_factory=dict)
+    # Of each module whose tokens are chosen by it (visit, number of its call): a number for each token.
+    measured: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     ready: set[int] = field(default_factory=set)
     states: list[Any] = field(default_factory=list)
     sampled: Sampled | None = None
@@ -94,12 +96,14 @@ class Branch:
         self.graph = self.layout = self.blocks = self.structure = None
         self.sites = ()
         self.store, self.references, self.misses, self.ready, self.prediction = {}, {}, {}, set(), {}
+        self.measured = {}
         if self.sampled is not None:
             self.sampled.drop()
 
     @property
     def nbytes(self) -> int:
-        references = sum(value.numel() * value.element_size() for value in (*self.references.values(), *self.prediction.values()))
+        kept = *self.references.values(), *self.prediction.values(), *self.measured.values()
+        references = sum(value.numel() * value.element_size() for value in kept)
         sampled = self.sampled.nbytes if self.sampled is not None else 0
         return references + sampled + sum(history.nbytes for history in self.store.values())
 

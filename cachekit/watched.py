@@ -6,7 +6,7 @@ from typing import Any, Protocol, get_args
 
 from torch import Tensor
 
-from cachekit import module_store
+from cachekit import measured, module_store
 from cachekit.adapter import Adapter
 from cachekit.call import Original, PlainCall
 from cachekit.decisions import Decisions
@@ -18,6 +18,7 @@ from cachekit.refresh import refreshes, takes_tokens
 from cachekit.segments import Layout, Segment, expanded, lay_out
 from cachekit.signals import AROUND, LACKING, PROBES, Of
 from cachekit.tree import Path, arguments, pick, replaced, tensors
+from cachekit.values import Measured, Measures
 from cachekit.watch import Watch
 
 
@@ -49,6 +50,8 @@ class WatchedCall(PlainCall):
         looks = {of for of in get_args(Of) if decisions.looks_at(of)}
         # Whatever counts from where a chain starts needs what entered there.
         self._entering = "front" in looks or any(site.reuse.beta for site in decisions.sites)
+        self.measures = Measures(site.reuse for site in decisions.sites)
+        self._measured: dict[tuple[int, int], list[Measured]] = {}
         self._tokens = any(refreshes(site.reuse) for site in decisions.sites)
         self._modules_enter = any(site.reuse.beta and site.segment.names for site in decisions.sites)
         segments = [site.segment for site in decisions.sites if not site.segment.is_model]
@@ -105,7 +108,9 @@ class WatchedCall(PlainCall):
         self.modules.append(True)
         enters = {path: tensor.detach().clone() for path, tensor in arguments(args, kwargs)} if self._modules_enter else {}
         role = self.found.roles[self._block, name]
-        result, seen = self.module_watch.call(v, name, role, original, args, kwargs, self._tokens)
+        self.measures.begin()
+        result, seen = self.module_watch.call(v, name, role, original, args, kwargs, self._tokens, self.measures)
+        self._measured[v, len(self.module_watch.seen[v]) - 1] = self.measures.found
         if self._tokens and takes_tokens(seen):
             self.decisions.waits += seen.returned[0][1][2].type != "cpu"
         if any(self._may_cover(site.segment, v, seen) for site in self.decisions.sites):
@@ -113,6 +118,10 @@ class WatchedCall(PlainCall):
             entering = {out: enters[path] for out, path in seen.entry if path in enters}
             self._modules[v, len(self.module_watch.seen[v]) - 1] = replaced(result, copies), entering
         return result
+
+    def show(self, values: Tensor) -> None:
+        """Measure them."""
+        self.measures.show(values)
 
     def _may_cover(self, segment: Segment, v: int, seen: ModuleVisit) -> bool:
         """Whether a segment may turn out to cover a module. Where an end counts from the back, that is not known yet."""
@@ -130,6 +139,10 @@ class WatchedCall(PlainCall):
             branch.states = [site.policy.init() for site in sites]
         branch.layout = layout = lay_out(graph, sites, self.adapter.unit)
         lacking = self._keep_blocks(layout) | self._keep_modules(graph, layout)
+        for visit, owners in zip(graph.visits, layout.modules, strict=True):
+            measured.check_sources(decisions, visit, owners)
+        for at, found in self._measured.items():
+            measured.remember(decisions, graph.visits[at[0]], layout.modules[at[0]], at, found)
         for span in (span for spans in layout.spans for span in spans.values()):
             left = self._outputs.get(span.end, {}).get(span.leaves)
             entered = None if span.enters is None else self._inputs.get(span.start, {}).get(span.enters)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import original_zoo
 import pytest
 import torch
 from cases import Case, Shape
@@ -25,6 +26,17 @@ from cachekit.policies.reuses import Mix, Tokens
 
 TIMES = tuple(float(t) for t in range(950, 200, -80))
 HALF = Tokens(0.5)
+# The width of a head in every small model here, and for each MLP the layer that makes the value vectors of its tokens.
+HEAD = 16
+VALUES = {
+    DIT.name: {"ff": "attn1.to_v"},
+    PIXART.name: {"ff": "attn1.to_v"},
+    LATTE.name: {"ff": "attn1.to_v"},
+    WAN.name: {"ffn": "attn1.to_v"},
+    FLUX.name: {"ff": "attn.to_v", "ff_context": "attn.add_v_proj", "proj_mlp": "attn.to_v"},
+    original_zoo.DIT.name: {"mlp": "attn.qkv"},
+}
+BY = ("norm", "value", "similarity", "random")
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +45,19 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-def scores(reuse: Tokens, entering: Tensor, held: Tensor, i: int) -> list[float]:
+def scores(reuse: Tokens, entering: Tensor, held: Tensor, i: int, values: Tensor | None = None) -> list[float]:
     """Of the tokens of one sample, as the docstring has them: (tokens, width) each."""
     if reuse.by == "random":
         generator = torch.Generator().manual_seed(reuse.seed * 1_000_003 + i)
         return [float(number) for number in torch.rand(len(entering), generator=generator)]
     found = []
+    if reuse.by == "value":
+        assert values is not None
+        for token in values:
+            found.append(sum(1 - math.sqrt(sum(float(x) ** 2 for x in head)) for head in token.split(HEAD)))
     for token, value in zip(entering, held, strict=True):
+        if reuse.by == "value":
+            break
         if reuse.by == "norm":
             found.append(math.sqrt(sum(float(x) ** 2 for x in token)))
         else:
@@ -56,6 +74,13 @@ class Rows:
         self.reuse, self.n, self.i = reuse, n, 0
         self.held: dict[str, Tensor] = {}
         self.ages: dict[str, list[list[int]]] = {}
+        self.values: dict[str, Tensor] = {}
+        self.held_attention = True
+
+    def makes(self, path: str, module: nn.Module, args: Any, result: Tensor) -> None:
+        """Value vectors, which attention makes in this loop on every step, and in the library where it isn't held."""
+        if self.i % self.n == 0 or not self.held_attention:
+            self.values[path] = result[..., -args[0].shape[-1] :].clone()
 
     def leaves(self, path: str, module: nn.Module, args: Any, result: Tensor) -> Tensor:
         if self.i % self.n == 0:
@@ -66,7 +91,7 @@ class Rows:
         for b in range(len(result)):
             ages, chosen = self.ages[path][b], []
             if not aggressive:
-                number = scores(self.reuse, args[0][b], self.held[path][b], self.i)
+                number = scores(self.reuse, args[0][b], self.held[path][b], self.i, self.values[path][b] if path in self.values else None)
                 number = [s + self.reuse.age * a / self.reuse.period for s, a in zip(number, ages, strict=True)]
                 ranked = sorted(range(len(number)), key=lambda token: -number[token])
                 chosen = ranked[: max(1, int(self.reuse.share * len(number)))]
@@ -77,21 +102,25 @@ class Rows:
         return held.clone()
 
 
-def loop(case: Case, reuse: Tokens, n: int, times: Sequence[float] = TIMES) -> list[Tensor]:
-    """One generation in double precision; attention is held by ``naive_modules.run``'s hooks."""
+def loop(case: Case, reuse: Tokens, n: int, times: Sequence[float] = TIMES, *, only_mlps: bool = False) -> list[Tensor]:
+    """One generation in double precision; attention is held by ``naive_modules.run``'s hooks, unless only MLPs are."""
     model, rows = case.build().double(), Rows(reuse, n)
+    rows.held_attention = not only_mlps
     held = Held("mlp", period(n))
     for path in paths(case, model, held):
         hook = lambda module, args, result, path=path: rows.leaves(path, module, args, result)  # noqa: E731
         model.get_submodule(path).register_forward_hook(hook)
-    model.register_forward_pre_hook(lambda module, args: None)
+        block, _, name = path.rpartition(".")
+        hook = lambda module, args, result, path=path: rows.makes(path, module, args, result)  # noqa: E731
+        model.get_submodule(f"{block}.{VALUES[case.name][name]}").register_forward_hook(hook)
     model.register_forward_hook(lambda module, args, result: setattr(rows, "i", rows.i + 1))
-    return run(case, model, times, [Held(kind, period(n)) for kind in NAMES[case.name] if kind != "mlp"])
+    kinds = [] if only_mlps else [kind for kind in NAMES[case.name] if kind != "mlp"]
+    return run(case, model, times, [Held(kind, period(n)) for kind in kinds])
 
 
 @pytest.mark.parametrize("case", (DIT, PIXART, LATTE, FLUX, WAN), ids=str)
 @pytest.mark.parametrize("alternate", (False, True), ids=("toca", "duca"))
-@pytest.mark.parametrize("by", ("norm", "similarity", "random"))
+@pytest.mark.parametrize("by", BY)
 def test_toca_and_duca(case: Case, alternate: bool, by: Any) -> None:
     """In double precision, since a product of some rows may round otherwise than the same rows of all: see ``close``."""
     n, maker = (4, duca) if alternate else (3, toca)
@@ -117,28 +146,29 @@ def test_spec_strings() -> None:
 
 
 @pytest.mark.parametrize("case", (DIT, PIXART, FLUX), ids=str)
-def test_all_tokens_of_mlps_are_a_recompute(case: Case) -> None:
+@pytest.mark.parametrize("by", ("norm", "value"))
+def test_all_tokens_of_mlps_are_a_recompute(case: Case, by: Any) -> None:
     """Bit for bit: ToCa's on every step, DuCa's on every step that is not aggressive."""
     plain = generate(case.build(), case, TIMES)
-    found, model = ours(case, toca(3, 1.0), TIMES, segments="mlp")
+    found, model = ours(case, toca(3, 1.0, by=by), TIMES, segments="mlp")
     assert_equal(found, plain)
     assert model.cachekit.stats.modules_run < model.cachekit.stats.modules_total
     expected = run(case, case.build(), TIMES, [Held("mlp", lambda i, t: i % 4 not in (1, 3))])
-    assert_equal(ours(case, duca(4, 1.0), TIMES, segments="mlp")[0], expected)
+    assert_equal(ours(case, duca(4, 1.0, by=by), TIMES, segments="mlp")[0], expected)
 
 
 @settings(max_examples=20)
-@given(st.integers(1, 12), st.floats(0.01, 1.0), st.sampled_from(("norm", "similarity", "random")), st.integers(0, 5))
+@given(st.integers(1, 12), st.floats(0.01, 1.0), st.sampled_from(BY), st.integers(0, 5))
 def test_chosen_tokens(tokens: int, share: float, by: Any, seed: int) -> None:
     """So many of them, without repeats, in rising order; the oldest first where nothing else tells them apart."""
     entering, held = (torch.randn(2, tokens, 4, generator=torch.Generator().manual_seed(seed + k)) for k in range(2))
     ages = torch.randint(0, 9, (2, tokens), dtype=torch.int16, generator=torch.Generator().manual_seed(seed))
-    step = Step(3, 500.0)
-    chosen = Tokens(share, by=by).choose(entering, held, ages, step, 1)
+    step, measured = Step(3, 500.0), held[:, :, 0]
+    chosen = Tokens(share, by=by).choose(entering, held, ages, step, 1, measured)
     assert chosen is not None
     assert chosen.shape == (2, max(1, int(share * tokens)))
     assert all(row == sorted(set(row)) for row in chosen.tolist())
-    oldest = Tokens(share, by=by, age=1e6).choose(entering, held, ages, step, 1)
+    oldest = Tokens(share, by=by, age=1e6).choose(entering, held, ages, step, 1, measured)
     assert oldest is not None
     for row, age in zip(oldest.tolist(), ages.tolist(), strict=True):
         left = [age[token] for token in range(tokens) if token not in row]
@@ -189,13 +219,14 @@ def test_where_there_are_no_mlps_values_are_held(segments: Any) -> None:
 
 
 @pytest.mark.parametrize("case", (DIT, FLUX, LATTE), ids=str)
-def test_bytes_are_known_beforehand(case: Case) -> None:
-    """The ages too."""
+@pytest.mark.parametrize("reuse", (HALF, Tokens(0.5, by="value")), ids=str)
+def test_bytes_are_known_beforehand(case: Case, reuse: Tokens) -> None:
+    """The ages too, and what is made of value vectors."""
     model = case.build()
     graph = cachekit.graph(model, **case.inputs(900.0))
-    expected = graph.nbytes("modules", HALF)
+    expected = graph.nbytes("modules", reuse)
     assert expected > graph.nbytes("modules", "output")
-    model = ours(case, every(2), TIMES[:3], segments="modules", reuse=HALF)[1]
+    model = ours(case, every(2), TIMES[:3], segments="modules", reuse=reuse)[1]
     assert model.cachekit.stats.bytes_peak == expected
 
 
