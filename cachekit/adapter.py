@@ -14,7 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from cachekit.errors import ConfigError
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_labels")
-VALUE_NAMES = ("to_v", "add_v_proj", "v_proj", "wv", "v", "value", "qkv", "Wqkv", "qkv_proj", "to_qkv", "to_added_qkv")
+VALUE_NAMES = (
+    *("to_v", "add_v_proj", "v_proj", "wv", "v", "value"),
+    *("to_kv", "kv_proj", "wkv", "kv"),
+    *("to_qkv", "to_added_qkv", "qkv_proj", "Wqkv", "qkv"),
+)
 
 
 class Adapter(BaseModel):
@@ -35,8 +39,8 @@ class Adapter(BaseModel):
         per_step: argument names (globs) that hold something new at every step, and so don't tell branches apart.
         attention, cross_attention, mlp: names within a block of these modules. Where neither of the first two is given, or not
             the third, those of other names are found by their class and shape, and what kind an attention is by its call.
-        values: names within an attention module of the layers that make value vectors; queries, keys and values one behind the
-            other where "qkv" is in the name.
+        values: names within an attention module of the layers that make value vectors; keys and values one behind the other where
+            "kv" is in the name, queries before them where it is "qkv".
         temporal: regular expression for the paths of blocks that attend over time, where others attend over space.
         modulated: names within a block of the module that takes in the block's normed and modulated stream, where that is not its
             attention.

@@ -45,39 +45,38 @@ class Projection:
     """A layer within an attention module that makes value vectors.
 
     Attributes:
-        fused: its output is queries, keys and values, one behind the other.
+        parts: of its output, one behind the other, of which values are the last: queries and keys may stand before them.
         head: width of a head; None where it is unknown.
     """
 
-    fused: bool
+    parts: int
     head: int | None
 
     def values(self, returned: Any) -> Tensor | None:
         """(batch, tokens, heads, width) of what the layer returned; None where that is not (batch, tokens, ...)."""
         if not isinstance(returned, Tensor) or returned.ndim != 3 or not returned.is_floating_point():
             return None
-        values = returned.detach()
-        if self.fused:
-            values = values[..., values.shape[-1] // 3 * 2 :]
+        values = returned.detach().chunk(self.parts, dim=-1)[-1]
         return torch.unflatten(values, -1, (-1, self.head or values.shape[-1]))
 
 
 def projections(attention: nn.Module, names: Sequence[str]) -> Iterator[tuple[nn.Module, Projection]]:
     """The layers of these names in an attention module that make its value vectors.
 
-    One whose name has q, k and v in it is taken where it makes three times the width that it takes; others have another layout.
+    One whose name has qkv in it, or kv, is taken where it makes three times the width that it takes, or twice; others have
+    another layout.
     """
     for path, layer in attention.named_modules():
         prefix, _, name = path.rpartition(".")
         if name not in names or not (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
             continue
-        fused = "qkv" in name.lower()
-        if fused and layer.out_features != 3 * layer.in_features:
+        parts = 3 if "qkv" in name.lower() else 2 if "kv" in name.lower() else 1
+        if parts > 1 and layer.out_features != parts * layer.in_features:
             continue
         # The width of a head is that of queries; of keys and values there may be fewer heads.
         query = getattr(attention.get_submodule(prefix), name.replace("value", "query").replace("v", "q"), None)
-        width = layer.in_features if fused else getattr(query, "out_features", None)
-        yield layer, Projection(fused, _head(attention, width, layer.out_features // (3 if fused else 1)))
+        width = layer.in_features if parts > 1 else getattr(query, "out_features", None)
+        yield layer, Projection(parts, _head(attention, width, layer.out_features // parts))
 
 
 def _head(attention: nn.Module, queries: Any, values: Any) -> int | None:

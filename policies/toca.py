@@ -20,9 +20,9 @@ def toca(
 ) -> Preset:
     """Every n-th step is full; on others modules are reused, but for a share of each MLP's tokens (ToCa, arXiv 2410.05317).
 
-    The authors' share grows with the step, as with ``slope=0.4``, and falls with the depth, which segments with ``Tokens`` of their own
-    can do; their code multiplies it by 2.5 in MLPs, since attention computes none. Their period varies with the step; here it is
-    constant. Holds one tensor for each module and output, and the ages of an MLP's tokens.
+    The authors' share grows with the step, as with ``slope=0.4``, and falls with the depth, which segments with ``Tokens`` of
+    their own can do; their code multiplies it by 2.5 in MLPs, since attention computes none. Their period varies with the
+    step; here it is constant. Holds one tensor for each module and output, and the ages of an MLP's tokens.
 
     Args:
         n: period.
