@@ -227,6 +227,14 @@ def test_what_needs_no_values_looks_at_none() -> None:
     assert_equal(sample(model), sample(plain))
 
 
+def test_audits_measure_nothing() -> None:
+    """A full pass in the shadow of a reused step leaves what is stored of value vectors as it was."""
+    plain = ours(DIT, toca(3, 0.3, by="value"), TIMES)[0]
+    found, model = ours(DIT, toca(3, 0.3, by="value"), TIMES, audit_every=1)
+    assert_equal(found, plain)
+    assert len(model.cachekit.stats.audits) > 0
+
+
 class Wrong(Tokens):
     """Makes one number of all tokens."""
 
