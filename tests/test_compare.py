@@ -110,10 +110,14 @@ def test_the_pareto_front_is_what_none_beats(points: list[tuple[int, int]]) -> N
 
 @pytest.mark.slow
 def test_the_shipped_target(tmp_path: Path) -> None:
-    """With fewer rows and seeds: both solvers' tables, the pictures, the sentences, and distances near those of real images."""
+    """The Skip-DiT beside the plain DiT, with fewer rows and seeds: tables, pictures, sentences, distances near real images'."""
     done = run("-p", "skip-every-2@model", "--seeds", "2", "--images", "10", "--fine", "1", "--out", str(tmp_path))
     assert done.exit_code == 0, done.output
-    found = written(tmp_path)
+    found, plain = written(tmp_path)
+    assert "Skip-DiT" in found["target"] and "Skip" not in plain["target"]
+    for solver in plain["solvers"].values():
+        assert [row["label"] for row in solver["rows"]] == ["uncached", "skip-every-2@model"], "in short"
+        assert solver["rows"][0]["frechet"] < 4 and solver["rows"][0]["speedup_against_plain"] == 1.0
     assert list(found["solvers"]) == ["DDIM", "DPM-Solver++(2M)"]
     for name, steps in (("DDIM", 50), ("DPM-Solver++(2M)", 30)):
         solver = found["solvers"][name]
@@ -125,15 +129,13 @@ def test_the_shipped_target(tmp_path: Path) -> None:
         # Twenty images of uniform noise are at 12.7, twenty real ones at 2.0 on average.
         assert solver["rows"][0]["frechet"] < 4
     assert any("the solver matters more than the cache" in said.lower() for said in found["solvers"]["DDIM"]["verdict"])
-    grid = matplotlib.image.imread(tmp_path / "samples-ddim.png")
+    grid = matplotlib.image.imread(tmp_path / "samples-skip-dit-ddim.png")
     assert grid.std() > 0.1, "a picture with something on it"
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [
-        "map-ddim.png",
-        "map-dpm-solver-2m.png",
-        "pareto-ddim.png",
-        "pareto-dpm-solver-2m.png",
-        "samples-ddim.png",
-        "samples-dpm-solver-2m.png",
+        f"{kind}-{name}-{solver}.png"
+        for kind in ("map", "pareto", "samples")
+        for name in ("plain", "skip-dit")
+        for solver in ("ddim", "dpm-solver-2m")
     ]
 
 

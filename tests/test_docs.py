@@ -121,9 +121,11 @@ def test_the_readme_begins_with_two_commands_and_five_lines() -> None:
     run, test = SHELL.findall(text)
     assert run.strip().endswith("cachekit compare") and test.strip().endswith("pytest")
     assert all("-c constraints.txt" in command for command in (run, test))
-    five, twenty = (block.splitlines() for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    blocks = (block.splitlines() for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    five, twenty, _, fifteen = blocks
     assert sum(bool(line) for line in five) == 5
     assert sum(bool(line) for line in twenty) <= 22
+    assert sum(bool(line) for line in fifteen) <= 15
 
 
 def links(page: Path) -> Iterator[str]:

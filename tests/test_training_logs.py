@@ -65,6 +65,18 @@ def test_an_image_models_log(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("image_retrofit", ["--fusions", 50, "--everything", 1]), ("image_control", ["--control", "--fusions", 50, "--everything", 1])],
+)
+def test_a_retrofits_log(name: str, options: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its learning rate is constant within a stage, so that a shorter one begins alike."""
+    script, log = imported(monkeypatch, "training", "image_retrofit"), known(f"{name}.jsonl")
+    run(monkeypatch, script, "--data", fashion_mnist(), "--out", tmp_path, *options)
+    assert_beginning([line for line in lines(tmp_path / "log.jsonl") if line["step"] == 50], log)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("video_latte", []), ("video_skip_latte", ["--long-skips", "paper"])])
 def test_a_video_models_log(name: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the clips that these steps draw are made: all of them would take longer than the steps."""

@@ -35,11 +35,13 @@ class Entry:
         target: what to sample.
         policies: its rows, as ``POLICY[@SEGMENTS][/REUSE]``.
         name: in the names of files, where there are several targets.
+        fewer: whether rows of fewer steps and of better solvers belong to it.
     """
 
     target: Target
     policies: tuple[str, ...]
     name: str = ""
+    fewer: bool = True
 
 
 def compare(target: Target, policies: Sequence[str], seeds: int, out: Path, console: Console) -> dict[str, Any]:
@@ -133,7 +135,8 @@ def _measured(
 ) -> list[list[Measured]]:
     """One table's rows, for each target."""
     tables = [
-        (entry.target, rows_for(entry.target, solver, entry.policies)) for entry, solver in zip(entries, solvers, strict=True)
+        (entry.target, rows_for(entry.target, solver, entry.policies, entry.fewer))
+        for entry, solver in zip(entries, solvers, strict=True)
     ]
     task = progress.add_task(solvers[0].name, total=sum(len(rows) for _, rows in tables) * len(seeds), row="")
     return measure(tables, seeds, fine, lambda label: progress.update(task, advance=1, row=label), kept)

@@ -20,6 +20,9 @@ POLICIES = (
     "change-0.15",
 )
 
+# Of the plain model, beside a Skip-DiT that is shown in full.
+BESIDE = ("skip-every-2", "skip-every-2@model")
+
 # Of the full number of steps. The error at any time between them is interpolated, so that they stand densely where caches do.
 SHARES = (0.8, 0.66, 0.58, 0.5, 0.42, 0.34)
 SHARES_BETTER = (0.66, 0.5, 0.34)
@@ -63,10 +66,10 @@ def parse_cached(text: str, solver: Solver) -> Row:
     return Row(text, "cached", solver, solver.steps, policy, segments or None, reuse or None)
 
 
-def rows_for(target: Target, solver: Solver, policies: tuple[str, ...]) -> list[Row]:
+def rows_for(target: Target, solver: Solver, policies: tuple[str, ...], fewer: bool = True) -> list[Row]:
     """All rows of one solver's table, the uncached one first; it is the only one of a target without policies."""
     rows = [Row("uncached", "uncached", solver, solver.steps)]
-    if policies and solver.steps is not None:
+    if fewer and policies and solver.steps is not None:
         counts = sorted({max(1, round(share * solver.steps)) for share in SHARES} - {solver.steps}, reverse=True)
         rows += [Row(f"{steps} steps", "fewer", solver, steps) for steps in counts]
         for better in target.solvers[1:] if solver is target.solvers[0] else ():
