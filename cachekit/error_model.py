@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from cachekit.calibration import SiteRecord, matrix
@@ -37,6 +39,9 @@ class ErrorModel:
         self._sizes = np.maximum(sizes, np.finfo(np.float64).tiny)
         # Of the final error over that of the site's value, for each step.
         self.amplification: Matrix = np.sqrt(np.diag(self._response) / self._sizes)
+        # As plain numbers, since schedules by the million are costed one step at a time.
+        self._roots: list[float] = np.sqrt(self._sizes).tolist()
+        self._amplified: list[float] = self.amplification.tolist()
         self._known: _Errors = {}
 
     def _probe(self, i: int) -> Matrix:
@@ -79,7 +84,7 @@ class ErrorModel:
     def cost(self, last: tuple[int, ...], i: int) -> float:
         """The error of the final sample if step i alone is reused, from these recomputes (newest first)."""
         along, rest = self._error(last, i)
-        return float(np.hypot(along * np.sqrt(self._sizes[i]), rest) * self.amplification[i])
+        return math.hypot(along * self._roots[i], rest) * self._amplified[i]
 
     def predict(self, recompute: tuple[int, ...]) -> float:
         """The error of the final sample under a schedule, the indices of its recomputes rising."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ Nodes = tuple[int, ...]
 Value = tuple[float, float]
 Cost = Callable[[Nodes, int], float]
 _Layer = dict[Nodes, tuple[Value, Nodes | None]]
+_Ahead = tuple[list[tuple[Nodes, Value]], Value | None]
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,16 @@ class Paths:
         """For each number of recomputes up to ``most`` that is possible, the steps of the best schedule, rising."""
         layer: _Layer = {(0,): ((0.0, 0.0), None)}
         layers, found = [layer], dict[int, Nodes]()
+        # What lies ahead of the same recomputes is the same, however many there were before.
+        ahead = functools.cache(self._ahead)
         while True:
-            ends = [
-                (self._join(value, tail), nodes) for nodes, (value, _) in layer.items() if (tail := self._tail(nodes)) is not None
-            ]
-            if ends:
+            tails = {nodes: tail for nodes in layer if (tail := ahead(nodes)[1]) is not None}
+            if tails:
+                ends = [(self._join(layer[nodes][0], tail), nodes) for nodes, tail in tails.items()]
                 found[len(layers)] = _trace(layers, min(ends)[1])
             if len(layers) >= min(most, self.n):
                 return found
-            layer = self._next(layer)
+            layer = self._next(layer, ahead)
             layers.append(layer)
 
     def _forced(self, i: int) -> bool:
@@ -59,32 +62,28 @@ class Paths:
             return max(a[0], b[0]), a[1] + b[1]
         return a[0] + b[0], max(a[1], b[1])
 
-    def _next(self, layer: _Layer) -> _Layer:
+    def _next(self, layer: _Layer, ahead: Callable[[Nodes], _Ahead]) -> _Layer:
         """One more recompute behind each."""
         made: _Layer = {}
         for nodes, (value, _) in layer.items():
-            between: Value = (0.0, 0.0)
-            for i in range(nodes[0] + 1, min(self.n, nodes[0] + self.reach + 1)):
-                reached = (i, *nodes)[: self.length]
+            for reached, between in ahead(nodes)[0]:
                 total = self._join(value, between)
                 if reached not in made or total < made[reached][0]:
                     made[reached] = total, nodes
-                if self._forced(i):
-                    break
-                step = self.cost(nodes, i)
-                between = self._join(between, (step, step))
         return made
 
-    def _tail(self, nodes: Nodes) -> Value | None:
-        """What the steps behind the last recompute cost; None where one of them may not be reused."""
-        rest = range(nodes[0] + 1, self.n)
-        if len(rest) >= self.reach or any(map(self._forced, rest)):
-            return None
-        total: Value = (0.0, 0.0)
-        for i in rest:
+    def _ahead(self, nodes: Nodes) -> _Ahead:
+        """The last recomputes after each that may follow, with what the steps until then cost; and what all the rest would cost,
+        None where one of them may not be reused.
+        """
+        follow, cost = list[tuple[Nodes, Value]](), (0.0, 0.0)
+        for i in range(nodes[0] + 1, min(self.n, nodes[0] + self.reach + 1)):
+            follow.append(((i, *nodes)[: self.length], cost))
+            if self._forced(i):
+                return follow, None
             step = self.cost(nodes, i)
-            total = self._join(total, (step, step))
-        return total
+            cost = self._join(cost, (step, step))
+        return follow, cost if self.n - nodes[0] <= self.reach else None
 
 
 def _trace(layers: list[_Layer], nodes: Nodes) -> Nodes:
