@@ -10,6 +10,7 @@ import torch
 from calibrating import STEPS, grid, sampling, small
 
 import cachekit
+import cachekit.generations
 import cachekit.policies
 from cachekit import Budget, Calibration, Forecast
 from cachekit.candidates import ranked
@@ -94,6 +95,25 @@ def test_budgets_of_error(model: Any, calibration: Calibration) -> None:
     assert front.best.worst <= loose and front.best.full_steps <= 4
     with pytest.raises(cachekit.ConfigError, match="no plan that was found keeps to"):
         _ = searched(model, calibration, Budget(seconds=1e-9), sites=["model"]).best
+
+
+def test_budgets_of_seconds(model: Any, calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that shows a second for each full step, so that a plan's seconds are its full steps."""
+    seconds = [0.0]
+
+    def one_more(*_: Any) -> None:
+        seconds[0] += 1.0
+
+    # On a reused step of the whole prediction no block is called.
+    hook = model.transformer_blocks[0].register_forward_pre_hook(one_more)
+    monkeypatch.setattr(cachekit.generations.time, "perf_counter", lambda: seconds[0])
+    try:
+        best = searched(model, calibration, Budget(seconds=4.5), sites=["model"]).best
+        unlimited = searched(model, calibration, Budget(seconds=1e9), sites=["model"]).best
+    finally:
+        hook.remove()
+    assert best.seconds == best.full_steps == 4
+    assert unlimited.full_steps == STEPS and unlimited.error == 0.0
 
 
 def test_what_is_refused(model: Any, calibration: Calibration) -> None:
