@@ -175,7 +175,8 @@ def run(name: str, args: argparse.Namespace) -> None:
     calibration = cachekit.Calibration.load(file)
     for site in args.sites:
         plans = {}
-        for full in sorted({row["full"] for row in rows[site]} - {bench.steps}):
+        stood = {row["full"] for row in rows[site]} - {bench.steps}
+        for full in sorted(stood) if args.full is None else [full for full in args.full if full in stood]:
             plans[full] = kept.get(f"plan {site} {full}", functools.partial(bench.searched, calibration, site, full, args.tries))
         report(name, site, rows[site], plans)
 
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("search.json"))
     parser.add_argument("--solvers", nargs="*", default=list(SOLVERS))
     parser.add_argument("--sites", nargs="*", default=list(SITES))
+    parser.add_argument("--full", nargs="*", type=int, help="numbers of full steps, in this order (all at which a fixed schedule stood)")
     parser.add_argument("--tries", type=int, default=40)
     args = parser.parse_args()
     for name in args.solvers:
