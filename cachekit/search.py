@@ -13,6 +13,7 @@ from torch import nn
 from cachekit.adapter import Adapter
 from cachekit.calibration import Calibration
 from cachekit.candidates import Candidate, moves, periodic, ranked
+from cachekit.corrections import corrected
 from cachekit.error_model import ErrorModel
 from cachekit.errors import ConfigError
 from cachekit.generations import Sample, Sampler, check_runs
@@ -104,8 +105,8 @@ def search(
     """Find schedules of little error by prediction, run the best, and better those by moving one recompute at a time.
 
     Candidates come from dynamic programming over (step, last recomputes) on the calibration's errors, for the least sum and the
-    least maximum, with and without guards, beside even and periodic schedules (``cachekit.candidates``). What counts in the end
-    is what came out when they were run, on the calibration's noise.
+    least maximum, with and without guards, beside even and periodic schedules (``cachekit.candidates``). The share of the input's
+    change that is passed on (``beta``) is settled last (``cachekit.corrections``). What counts in the end is what came out when they were run, on the calibration's noise.
 
     Args:
         calibration: of this very model and sampler.
@@ -115,7 +116,8 @@ def search(
         reuses: forecasts to choose from, without input correction (``beta``); such variants are tried on what is best.
         runs: how many of the calibration's runs to compare on, or numbers of others; all of its own unless given. A fixed
             schedule fits other noise about as well as this, yet two runs and more are safer than one.
-        tries: how many candidates are run for each site and number of full steps.
+        tries: how many candidates are run for each site and number of full steps; six more, at the most, settle how much of its
+            input's change the best one passes on.
         progress: show a bar, where tqdm is installed.
 
     Returns:
@@ -174,7 +176,7 @@ class _Finder:
         chosen = sorted(dict.fromkeys(chosen), key=lambda c: self.trials.error(c, 1))
         best = min(chosen[:3], key=self.trials.error)
         best = self._climb(best, {model.reuse: model for model in models}, self.tries - len(chosen))
-        return self.trials.plan(best)
+        return self.trials.plan(corrected(best, self.trials.error))
 
     def _climb(self, best: Candidate, models: dict[Forecast, ErrorModel], tries: int) -> Candidate:
         """Move one recompute at a time, what is predicted to help most first; other reuses between whiles."""
