@@ -1,6 +1,6 @@
 """Searched plans against every fixed schedule with as many full steps, on the shipped model and on seeds that search has not seen.
 
-    python benchmarks/search.py --out search.json        # about twenty minutes on two idle cores
+    python benchmarks/search.py --out search.json        # some hours on two cores, nearly all of them for DDIM-50
 
 For each solver and site it runs all fixed schedules (``FIXED``), then searches a plan for each number of full steps at which any of
 them stood, and runs that on the same seeds. What was found is written to ``--out`` as it comes; what stands there is not run again.
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("search.json"))
     parser.add_argument("--solvers", nargs="*", default=list(SOLVERS))
     parser.add_argument("--sites", nargs="*", default=list(SITES))
-    parser.add_argument("--full", nargs="*", type=int, help="numbers of full steps, in this order (all at which a fixed schedule stood)")
+    parser.add_argument("--full", nargs="*", type=int, help="numbers of full steps, in this order; all by default")
     parser.add_argument("--tries", type=int, default=40)
     args = parser.parse_args()
     for name in args.solvers:

@@ -26,7 +26,8 @@ def corrected(best: Candidate, error: Callable[[Candidate], float], tries: int =
     """
     known = {best.reuse.beta: error(best)}
     beta, step = best.reuse.beta, WIDEST
-    while step >= NARROWEST:
+    # Where nothing is reused, or to no effect, no share does better.
+    while step >= NARROWEST and known[beta] > 0:
         least = known[beta]
         for share in (beta + step, beta - step):
             if not 0 <= share <= 1 or share in known:

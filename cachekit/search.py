@@ -106,7 +106,8 @@ def search(
 
     Candidates come from dynamic programming over (step, last recomputes) on the calibration's errors, for the least sum and the
     least maximum, with and without guards, beside even and periodic schedules (``cachekit.candidates``). The share of the input's
-    change that is passed on (``beta``) is settled last (``cachekit.corrections``). What counts in the end is what came out when they were run, on the calibration's noise.
+    change that is passed on (``beta``) is settled last (``cachekit.corrections``). What counts in the end is what came out when
+    they were run, on the calibration's noise.
 
     Args:
         calibration: of this very model and sampler.
