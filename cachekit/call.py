@@ -11,8 +11,8 @@ from cachekit import measured, module_store
 from cachekit.decisions import Decisions
 from cachekit.graph import Graph, Visit, has_signature, signature
 from cachekit.inside import ATTENTION
+from cachekit.layout import Action, Layout
 from cachekit.module_store import Entering
-from cachekit.segments import Action, Layout
 from cachekit.tree import Path, arguments, get, pick, replaced, tensors
 from cachekit.values import Measures
 

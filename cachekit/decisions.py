@@ -15,9 +15,10 @@ from cachekit.peek import Peeker
 from cachekit.policy import Step
 from cachekit.reuse import History
 from cachekit.samples import Part, Samples
-from cachekit.segments import Site, Span
+from cachekit.segments import Site
 from cachekit.session import Branch, Key
 from cachekit.signals import LACKING, PROBES, Compared, Comparison, Of, Signal
+from cachekit.spans import Span
 from cachekit.tree import Path, tensors
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from cachekit.graph import Graph, Signature
+from cachekit.layout import expanded, lay_out
 from cachekit.policy import Policy
 from cachekit.refresh import AGES, refreshes, takes_tokens
 from cachekit.reuse import parse_reuse
-from cachekit.segments import Site, expanded, lay_out, parse_segments
+from cachekit.segments import Site, parse_segments
 from cachekit.values import measures
 
 

@@ -12,10 +12,11 @@ from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
 from cachekit.graph import Graph, ModuleVisit
 from cachekit.inside import MLP
+from cachekit.layout import Layout
 from cachekit.main_stream import with_input
 from cachekit.policy import Step
 from cachekit.reuse import Reuse, push
-from cachekit.segments import Layout, Site
+from cachekit.segments import Site
 from cachekit.tree import Path, pick
 
 AGES = torch.int16

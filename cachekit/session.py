@@ -11,10 +11,11 @@ from torch import Tensor
 from cachekit.estimates import Miss
 from cachekit.graph import Graph
 from cachekit.inputs import Inputs
+from cachekit.layout import Layout
 from cachekit.policy import Step
 from cachekit.reuse import History
 from cachekit.sampled import Sampled
-from cachekit.segments import Layout, Site
+from cachekit.segments import Site
 from cachekit.signals import Signal
 from cachekit.trajectory import AGAIN, Comparer, Trace
 from cachekit.tree import Path

@@ -13,11 +13,11 @@ from cachekit.batched import inputs_of, with_rows
 from cachekit.call import Given, GraphChanged, KnownCall, Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.graph import Graph
+from cachekit.layout import Action, Layout
 from cachekit.module_store import Entering
 from cachekit.sample_decisions import SampleDecisions
 from cachekit.sampled import Batched, Taken
 from cachekit.samples import Part
-from cachekit.segments import Action, Layout
 from cachekit.tree import Path, arguments, get, pick, replaced, tensors
 from cachekit.whole import whole_prediction
 

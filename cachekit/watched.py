@@ -13,9 +13,10 @@ from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
 from cachekit.graph import Graph, ModuleVisit
 from cachekit.inside import Role, covers
+from cachekit.layout import Layout, expanded, lay_out
 from cachekit.module_watch import ModuleWatch
 from cachekit.refresh import refreshes, takes_tokens
-from cachekit.segments import Layout, Segment, expanded, lay_out
+from cachekit.segments import Segment
 from cachekit.signals import AROUND, LACKING, PROBES, Of
 from cachekit.tree import Path, arguments, pick, replaced, tensors
 from cachekit.values import Measured, Measures
