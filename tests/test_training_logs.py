@@ -64,10 +64,13 @@ def test_an_image_models_log(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert_beginning(lines(tmp_path / "log.jsonl"), log)
 
 
+SHORT = ["--fusions", 50, "--everything", 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("image_retrofit", ["--fusions", 50, "--everything", 1]), ("image_control", ["--control", "--fusions", 50, "--everything", 1])],
+    [("image_retrofit", SHORT), ("image_control", ["--control", *SHORT])],
 )
 def test_a_retrofits_log(name: str, options: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its learning rate is constant within a stage, so that a shorter one begins alike."""
