@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def test_targets_that_can_not_be_compared(tmp_path: Path) -> None:
         compare_all([Entry(small(2), ()), Entry(small(2, "Euler"), ())], 1, tmp_path, QUIET)
     with pytest.raises(ConfigError, match="without a number of steps"):
         compare_all([Entry(small(2, steps=None), ())], 1, tmp_path, QUIET, bases=(5,))
+
+
+def test_the_better_solvers_stand_in_the_first_ones_table_at_any_base() -> None:
+    target = small(2)
+    target = replace(target, solvers=(*target.solvers, Solver("Euler", target.solvers[0].sample, 6)))
+    for solver, better in (
+        (replace(target.solvers[0], steps=20), ["Euler, 13 steps", "Euler, 10 steps", "Euler, 7 steps"]),
+        (target.solvers[1], []),
+    ):
+        found = rows.rows_for(target, solver, ("every-2",))
+        assert [row.label for row in found if row.kind == "better"] == better
 
 
 def test_policies_for_one_target() -> None:

@@ -72,7 +72,7 @@ def rows_for(target: Target, solver: Solver, policies: tuple[str, ...], fewer: b
     if fewer and policies and solver.steps is not None:
         counts = sorted({max(1, round(share * solver.steps)) for share in SHARES} - {solver.steps}, reverse=True)
         rows += [Row(f"{steps} steps", "fewer", solver, steps) for steps in counts]
-        for better in target.solvers[1:] if solver is target.solvers[0] else ():
+        for better in target.solvers[1:] if solver.name == target.solvers[0].name else ():
             counts = [max(1, round(share * solver.steps)) for share in SHARES_BETTER]
             rows += [Row(f"{better.name}, {steps} steps", "better", better, steps) for steps in counts]
     return rows + [parse_cached(text, solver) for text in policies]
