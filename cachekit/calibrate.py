@@ -120,7 +120,7 @@ def calibrate(
 
 
 def _stack(job: _Job) -> dict[str, Any]:
-    """MagCache's ratios, and TeaCache's pairs."""
+    """Ratios of the residual's norms, and pairs of changes of what enters and leaves."""
     ratios, inputs, outputs = [], list[float](), list[float]()
     for run in job.runs:
         segments = [Segment("model", reuse=HELD), Segment(reuse=RESIDUAL)]

@@ -27,8 +27,8 @@ class SiteRecord(BaseModel):
         gram: (n, n) inner products of its values at every two timesteps, over all that it stores, mean of the runs.
         response: (n, n) inner products of the relative errors of the final samples where it was reused at one timestep alone,
             forecast to order 1 along the grid (held at the second timestep): on the diagonal is what each costs.
-        lookahead: (3, n) relative L1 errors of holding its value for one to three steps from each (SmoothCache's curve), mean
-            over all that it stores and the runs; None where that is past the end.
+        lookahead: (3, n) relative L1 errors of holding its value for one to three steps from each, mean over all that it stores
+            and the runs; None where that is past the end.
         change, front_change: what the policies of these names see from each timestep to the next; empty where there is nothing
             to look at.
         blocks: share of the blocks that still run on a reused step.
@@ -53,9 +53,9 @@ class Calibration(BaseModel):
         timesteps: the different timesteps of a generation, n of them.
         runs: numbers of the runs.
         sites: by the name that they were asked for with.
-        ratios: (n,) mean ratio of the norms of the stack's residual at each timestep and the one before, the first 1 (MagCache).
+        ratios: (n,) mean ratio of the norms of the stack's residual at each timestep and the one before, the first 1.
         input_changes, output_changes: (m,) relative L1 change of what enters the first block's attention from one step to the
-            next, and of the prediction: TeaCache's pairs, of all runs and branches. Empty where no attention was found.
+            next, and of the prediction, pairs of all runs and branches. Empty where no attention was found.
     """
 
     model_config = FROZEN
@@ -107,8 +107,8 @@ class Calibration(BaseModel):
         """A threshold as a percentile of what the policy's signal was from one step to the next.
 
         Args:
-            signal: ``"change"`` or ``"front-change"`` of a site with blocks before it; ``"input"`` (what TeaCache looks at) or
-                ``"output"`` (the prediction) of the whole model.
+            signal: ``"change"`` or ``"front-change"`` of a site with blocks before it; ``"input"`` (what enters the first
+                block's attention) or ``"output"`` (the prediction) of the whole model.
             percentile: 0 to 100; reuse gets more likely with it.
             site: name of the site, for the first two.
 
@@ -131,8 +131,8 @@ class Calibration(BaseModel):
             raise ConfigError(f"unknown signal {signal!r}; write 'change', 'front-change', 'input' or 'output'")
         return list(self.input_changes if signal == "input" else self.output_changes)
 
-    def teacache_coefficients(self, degree: int = 4) -> tuple[float, ...]:
-        """TeaCache's polynomial, highest power first: least squares of the output's change over the input's (arXiv 2411.19108).
+    def change_polynomial(self, degree: int = 4) -> tuple[float, ...]:
+        """Coefficients, highest power first: least squares of the output's change over the input's (arXiv 2411.19108).
 
         Raises:
             ConfigError: there are not enough pairs for it.

@@ -161,11 +161,11 @@ class Graph:
             (source.visit, v) for v, visit in enumerate(self.visits) for source in visit.sources if self._is_long_skip(v, source)
         )
 
-    def nbytes(self, segments: Any = None, reuse: Any = "output") -> int:
+    def nbytes(self, segments: Any = None, reuse: Any = "output", cond: Any = None) -> int:
         """How many bytes one branch will hold under these segments and this reuse; see ``cachekit.held.nbytes``."""
         from cachekit.held import nbytes
 
-        return nbytes(self, segments, reuse)
+        return nbytes(self, segments, reuse, cond)
 
     def _is_long_skip(self, v: int, source: Source) -> bool:
         visit, early = self.visits[v], self.visits[source.visit]

@@ -34,7 +34,7 @@ def gram(values: Sequence[Tensor]) -> Matrix:
 def lookahead(values: Sequence[Tensor], reach: int) -> Matrix:
     """Σ|z_i - z_(i+k)| / Σ|z_(i+k)| in row k - 1 (k = 1 ... reach) and column i, (reach, n); NaN where i + k is past the end.
 
-    SmoothCache's error of holding a value for k steps (arXiv 2411.10510, eq. 4).
+    The error of holding a value for k steps (arXiv 2411.10510, eq. 4).
     """
     found = np.full((reach, len(values)), np.nan)
     for k in range(1, reach + 1):
@@ -46,13 +46,13 @@ def lookahead(values: Sequence[Tensor], reach: int) -> Matrix:
 
 
 def changes(values: Sequence[Tensor]) -> Matrix:
-    """mean|z_i - z_(i-1)| / mean|z_(i-1)|, (n,); NaN for the first. The change that TeaCache looks at (arXiv 2411.19108, eq. 4)."""
+    """mean|z_i - z_(i-1)| / mean|z_(i-1)|, (n,); NaN for the first (arXiv 2411.19108, eq. 4)."""
     found = [(now.double() - then.double()).abs().mean() / then.double().abs().mean() for then, now in pairwise(values)]
     return np.concatenate([[np.nan], torch.stack(found).cpu().numpy() if found else []])
 
 
 def norm_ratios(values: Sequence[Tensor]) -> Matrix:
-    """Mean over the tokens of |z_i| / |z_(i-1)|, norms over the last axis, (n,); 1 for the first (MagCache, arXiv 2506.09045)."""
+    """Mean over the tokens of |z_i| / |z_(i-1)|, norms over the last axis, (n,); 1 for the first (arXiv 2506.09045)."""
     norms = [torch.linalg.vector_norm(value.double(), dim=-1) for value in values]
     found = [(now / then).mean() for then, now in pairwise(norms)]
     return np.concatenate([[1.0], torch.stack(found).cpu().numpy() if found else []])

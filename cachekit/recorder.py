@@ -43,7 +43,7 @@ class Recording:
     Attributes:
         timesteps: of each branch.
         values: what each stored tensor was.
-        entering: of each branch, what entered the first block's attention: TeaCache's modulated input.
+        entering: of each branch, what entered the first block's attention.
         states: of each branch, the state of each segment's policy at the end.
     """
 

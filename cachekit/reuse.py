@@ -59,9 +59,8 @@ def lagrange(times: Sequence[float], t: float) -> list[float]:
 class Forecast:
     """Polynomial forecast from true nodes; order 0 holds the newest value.
 
-    TaylorSeer (arXiv 2503.06923) extrapolates with differences; Lagrange's weights keep their order on uneven nodes, which
-    its recursion does not. ``beta`` is the share of the input's own change that is passed on: 0 reuses the output,
-    1 the residual (Delta-DiT, arXiv 2406.01125).
+    Lagrange's weights keep their order on uneven nodes, which a recursion of differences (arXiv 2503.06923) does not. ``beta``
+    is the share of the input's own change that is passed on: 0 reuses the output, 1 the residual (arXiv 2406.01125).
 
     Args:
         order: degree of the polynomial; lowered while the history is shorter, or while the sum of the weights' absolute

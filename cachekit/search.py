@@ -122,7 +122,8 @@ def search(
         progress: show a bar, where tqdm is installed.
 
     Returns:
-        The Pareto front of everything that was run on all runs; ``front.best.save("plan.json")``.
+        The Pareto front of the plans that were found, one for each site and number of full steps that was searched: the best of
+        what was run there (for a budget of seconds or of error several numbers are searched). ``front.best.save("plan.json")``.
 
     Raises:
         ConfigError: another model or schedule than the calibration's, or a budget that can't mean what was written.

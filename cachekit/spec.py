@@ -123,7 +123,7 @@ def _from_file(leaf: str) -> Any:
     if not colon:
         named, file = "plan", leaf
     if not file:
-        raise ConfigError(f"{leaf!r} names no file; write for example 'plan:plan.json' or 'smoothcache-0.1:calibration.json'")
+        raise ConfigError(f"{leaf!r} names no file; write for example 'plan:plan.json' or 'change-percentile-30:calibration.json'")
     makers = {name: functools.partial(maker, file) for name, maker in CALIBRATED.items()}
     return make(named, makers, kind="policy from a file", advice="what takes no file goes without a colon")
 
@@ -162,7 +162,7 @@ def usage(name: str, found: Callable[..., Any] | EntryPoint) -> str:
 
 
 def file_usage(name: str, maker: Callable[..., Any]) -> str:
-    """How a spec of this name is written that takes a file, such as ``"smoothcache-THRESHOLD:FILE"``."""
+    """How a spec of this name is written that takes a file, such as ``"change-percentile-P:FILE"``."""
     return f"{usage(name, functools.partial(maker, ''))}:FILE"
 
 

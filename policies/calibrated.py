@@ -88,7 +88,7 @@ def _with_ratios(calibration: Calibration, threshold: float) -> Preset:
 
 
 def _with_polynomial(calibration: Calibration, threshold: float) -> Preset:
-    return teacache(threshold, coefficients=calibration.teacache_coefficients())
+    return teacache(threshold, coefficients=calibration.change_polynomial())
 
 
 def _at_percentile(calibration: Calibration, percentile: float, signal: str) -> Preset:

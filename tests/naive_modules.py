@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import original_zoo
+import published
 import zoo
 from cases import Case, Shape
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ NAMES: Mapping[str, Names] = {
     zoo.SD3.name: {"attn": ("attn", "attn2"), "mlp": ("ff", "ff_context")},
     zoo.COGVIDEOX.name: _SELF,
     zoo.WAN.name: {"attn": ("attn1",), "cross_attn": ("attn2",), "mlp": ("ffn",)},
+    published.MOCHI.name: {"attn": ("attn1",), "mlp": ("ff", "ff_context")},
+    published.COGVIEW4.name: _SELF,
     original_zoo.DIT.name: {"attn": ("attn",), "mlp": ("mlp",)},
     original_zoo.PIXART.name: {"attn": ("attn",), "cross_attn": ("cross_attn",), "mlp": ("mlp",)},
     original_zoo.PIXART_MS.name: {"attn": ("attn",), "cross_attn": ("cross_attn",), "mlp": ("mlp",)},

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrating import STEPS, grid, sampling, small
+from calibrating import STEPS, grid, sampling, scheduler, small
 from torch import Tensor
+from zoo import PIXART
 
 import cachekit
 import cachekit.demo.fashion
@@ -113,7 +114,7 @@ def test_teacaches_pairs_and_polynomial(model: Any, calibration: Calibration) ->
             found += [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(values)]
     assert np.allclose(calibration.input_changes, pairs[0], rtol=1e-6)
     assert np.allclose(calibration.output_changes, pairs[1], rtol=1e-6)
-    assert calibration.teacache_coefficients(2) == pytest.approx(np.polyfit(*pairs, 2), rel=1e-3)
+    assert calibration.change_polynomial(2) == pytest.approx(np.polyfit(*pairs, 2), rel=1e-3)
     assert calibration.threshold("input", 50) == pytest.approx(np.median(pairs[0]), rel=1e-6)
 
 
@@ -170,28 +171,62 @@ def test_smoothcache_is_greedy() -> None:
     assert greedy(curve, 1.0) == (0, 4)
 
 
-def test_smoothcache_holds_each_kind_by_its_own_curve(model: Any, calibration: Calibration, tmp_path: Path) -> None:
-    """Against a loop that replaces modules' outputs by the last computed ones, on the very schedule; bit for bit."""
+def naive_schedule(curve: Any, alpha: float) -> list[int]:
+    """The steps that are full, one after the other: each is, unless every error since the last full one stayed under alpha."""
+    full, last = [], 0
+    for i in range(STEPS):
+        gap = i - last
+        if i == 0 or gap > 3 or curve[gap - 1][last] >= alpha:
+            full.append(i)
+            last = i
+    return full
+
+
+def pixart_sampling(model: Any) -> Any:
+    """As ``sampling``, of two samples with a text of their own."""
+    conditioning = PIXART.conditioning()
+
+    def sample(run: int) -> Tensor:
+        made = scheduler()
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(run))
+        with torch.no_grad():
+            for t in made.timesteps:
+                noise = model(x, timestep=t.expand(2), **conditioning)[0][:, :4]
+                x = made.step(noise, t, x).prev_sample
+        return x
+
+    return sample
+
+
+DIT_KINDS, PIXART_KINDS = {"attn": "attn1", "mlp": "ff"}, {"attn": "attn1", "cross_attn": "attn2", "mlp": "ff"}
+
+
+@pytest.mark.parametrize("kinds, of", ((DIT_KINDS, small), (PIXART_KINDS, PIXART.build)), ids=("DiT", "PixArt"))
+def test_smoothcache_holds_each_kind_by_its_own_curve(kinds: dict[str, str], of: Any, tmp_path: Path) -> None:
+    """Against a loop that replaces modules' outputs by the last computed ones, on a schedule of its own; bit for bit."""
+    model = of()
+    sample = sampling(model) if of is small else pixart_sampling(model)
+    calibration = cachekit.calibrate(model, sample, runs=1, sites=tuple(kinds), progress=False)
     alpha = float(np.median([e for row in calibration.site("attn").lookahead for e in row if e is not None]))
-    schedules = {path: greedy(calibration.site(name).lookahead, alpha) for name, path in (("attn", "attn1"), ("mlp", "ff"))}
+    schedules = {path: naive_schedule(calibration.site(name).lookahead, alpha) for name, path in kinds.items()}
     assert any(len(schedule) < STEPS for schedule in schedules.values())
     calibration.save(tmp_path / "c.json")
     cachekit.wrap(model, f"smoothcache-{alpha!r}:{tmp_path / 'c.json'}")
-    found = sampling(model)(5)
+    found = sample(5)
     cachekit.unwrap(model)
     handles, calls, stored = [], dict[str, int](), dict[str, Tensor]()
     for block in range(6):
         for kind, schedule in schedules.items():
             path = f"transformer_blocks.{block}.{kind}"
 
-            def hold(module: Any, args: Any, result: Tensor, path: str = path, schedule: tuple[int, ...] = schedule) -> Tensor:
+            def hold(module: Any, args: Any, result: Tensor, path: str = path, schedule: list[int] = schedule) -> Tensor:
                 i = calls[path] = calls.get(path, -1) + 1
                 if i in schedule:
                     stored[path] = result
                 return stored[path]
 
             handles.append(model.get_submodule(path).register_forward_hook(hold))
-    expected = sampling(model)(5)
+    expected = sample(5)
     for handle in handles:
         handle.remove()
     assert torch.equal(found, expected)
@@ -213,7 +248,7 @@ def test_fitted_policies_by_name(model: Any, calibration: Calibration, tmp_path:
     calibration.save(file)
     written = {
         f"magcache-0.1:{file}": cachekit.policies.magcache(calibration.ratios, grid(), 0.1),
-        f"teacache-0.3:{file}": cachekit.policies.teacache(0.3, coefficients=calibration.teacache_coefficients()),
+        f"teacache-0.3:{file}": cachekit.policies.teacache(0.3, coefficients=calibration.change_polynomial()),
         f"change-percentile-60:{file}": cachekit.policies.change(calibration.threshold("change", 60)),
         f"smoothcache-0.2:{file}": smoothcache(calibration, 0.2),
     }

@@ -141,6 +141,30 @@ def test_runs_of_the_shipped_model_stay_under_the_budget(solver: Any, steps: int
         assert sum(not all(record.recomputed) for record in stats(model).records) >= steps / 3
 
 
+@pytest.mark.slow
+def test_nineteen_of_twenty_runs_stay_under_the_budget() -> None:
+    """The share that docs/error-budget.md gives is 718 of 720, with two rows of its table: of the whole prediction the one whose
+    bound is nearly met, of the middle blocks the one of the smaller margin.
+
+    6 seeds, 2 budgets and 2 rows are 24 runs: with fewer than 20 a single run over its budget would be more than one in twenty,
+    and of held values 2 of 60 are over with this solver. A policy that kept its budget in 80 % of its
+    runs only would pass at one choice of seeds in thirty: 0.8^24 + 24 * 0.2 * 0.8^23 = 0.033.
+    """
+    model, under = fashion.load_model(), []
+    sample = partial(fashion.sample, model, fashion.dpm_solver(), steps=30, images=1)
+    full = {seed: sample(seed) for seed in range(3000, 3006)}
+    for segments, reuse, margin in (("model", "output", 1.25), ("middle", "grid-taylor-2", 0.7)):
+        cachekit.unwrap(model)
+        measured = cachekit.measure_amplification(model, partial(sample, 0), segments=segments, points=4)
+        for eps in (0.01, 0.05):
+            cachekit.wrap(model, ErrorBudget(eps, amplification=measured, margin=margin), segments=segments, reuse=reuse)
+            found = {seed: relative_error(sample(seed), true) for seed, true in full.items()}
+            under += [error <= eps for error in found.values()]
+            # Else it would be kept by spending nothing.
+            assert min(found.values()) > eps / 20
+    assert len(under) == 24 and sum(under) >= 0.95 * len(under)
+
+
 def test_the_preset_and_its_string_are_the_same() -> None:
     preset = cachekit.policies.error_budget(0.02)
     assert preset.policy == ErrorBudget(0.02) and preset.policy.amplification == SHIPPED

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from cases import Case, relative
+from cases import Case, Shape, relative
 from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 from drawing import At, schedules
 from guided import (
     DOUBLE,
+    batch_of,
     half_of,
     in_one_batch,
     published,
@@ -29,7 +31,7 @@ from torch import Tensor
 from zoo import COGVIDEOX, DIT, HUNYUAN_DIT, LATTE, PIXART, WAN
 
 import cachekit
-from cachekit import Segment, Step
+from cachekit import ConfigError, Segment, Step
 from cachekit.policies import every, fastercache
 from cachekit.policies.pab import broadcast
 from cachekit.policies.reuses import Frequencies
@@ -124,6 +126,36 @@ def test_passes_in_separate_calls(case: Case, said: str) -> None:
     stats = model.cachekit.stats
     assert [all(record.recomputed) for record in stats.records] == [f for i, t in enumerate(TIMES) for f in (True, full(i, t))]
     assert stats.generations == 1 and not stats.notes and stats.bytes_held == 2 * uncond[0].numel() * 8
+
+
+@pytest.mark.parametrize("inner", ("", "blocks", "attn"))
+@pytest.mark.parametrize("cond", (*HALVES, "before"))
+@pytest.mark.parametrize(("case", "reuse"), ((DIT, "output"), (LATTE, "residual"), (DIT, "taylor-1")), ids=str)
+def test_bytes_of_both_passes_are_known_beforehand(case: Case, reuse: str, cond: Any, inner: str) -> None:
+    """Of a batch the half that is held, of separate calls both; with segments within the model, and a history of two."""
+    n = 2
+    within: list[Any] = {"": [], "blocks": [Segment(1, 3)], "attn": [Segment(modules="attn")]}[inner]
+    segments = [Segment("uncond"), *(replace(segment, reuse="taylor-2") for segment in within)]
+    model = case.build().double()
+    conditioning = case.conditioning(0, Shape(2 * n, DOUBLE))
+    given = batch_of(case, TIMES[0], n, TIMES[0]) | conditioning
+    if cond == "before":
+        given = case.inputs(TIMES[0], n, 0, DOUBLE, conditioning=half_of(conditioning, 0, n), start=TIMES[0])
+    expected = cachekit.graph(model, **given).nbytes(segments, reuse, cond)
+    cachekit.wrap(model, "every-2", segments=segments, reuse=reuse, cond=cond)
+    if cond == "before":
+        separately(case, model, TIMES, n, lambda _: (0, 1))
+    else:
+        in_one_batch(case, model, TIMES, n)
+    assert model.cachekit.stats.bytes_held == expected > 0 and not model.cachekit.stats.notes
+
+
+def test_bytes_of_no_two_passes() -> None:
+    graph = cachekit.graph(DIT.build(), **DIT.inputs(900.0, 3))
+    with pytest.raises(ConfigError, match="no batch of both passes"):
+        graph.nbytes("uncond", cond="last")
+    with pytest.raises(ConfigError, match="no segment is 'uncond'"):
+        graph.nbytes("middle", cond="last")
 
 
 def test_names_that_pipelines_give() -> None:

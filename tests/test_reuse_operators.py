@@ -29,7 +29,7 @@ from wrapping import handle, stats
 
 import cachekit
 from cachekit import Forecast, Reuse
-from cachekit.policies.reuses import Bdf, Chebyshev, FlowLogSnr, Hermite, LogSnr, Scale, TaylorSeer
+from cachekit.policies.reuses import Bdf, Chebyshev, FlowLogSnr, Hermite, LogSnr, Mix, Scale, TaylorSeer
 from cachekit.reuse import History
 
 EPS, HALF = 2.0**-53, math.sqrt(0.5)
@@ -43,6 +43,7 @@ hermites = st.builds(Hermite, orders, st.sampled_from((0.5, HALF, 1.0)), axis=st
 chebyshevs = st.builds(Chebyshev, orders, st.integers(0, 3), axis=axes)
 bdfs = st.builds(Bdf, st.integers(0, 2), axis=axes)
 lines = st.builds(Forecast, orders, axis=axes, bound=st.sampled_from((5.0, 50.0)))
+mixes = st.builds(Mix, st.floats(0, 3), st.floats(0, 3))
 operators: st.SearchStrategy[Any] = st.one_of(seers, hermites, chebyshevs, bdfs, lines)
 node_lists = st.lists(st.integers(1, 999), min_size=1, max_size=7, unique=True)
 falling = st.sets(st.integers(1, 999), min_size=3, max_size=7).map(lambda drawn: [float(t) for t in sorted(drawn)])
@@ -233,6 +234,15 @@ def test_a_constant_is_forecast_as_itself(reuse: Any, nodes: list[int], t: int) 
     assert len(weights) <= min(reuse.length, len(nodes))
 
 
+@given(mixes, st.lists(st.floats(-1000, 1), min_size=1, max_size=3, unique=True), st.floats(-1000, 2))
+def test_a_mix_of_constants_is_the_constant(mix: Mix, times: list[float], t: float) -> None:
+    """Over shares of a generation, and over what stands for one of unknown length. At its own time a mix is not the newest value,
+    so that it is none of ``operators``: its share of the last change depends on how far the generation is alone."""
+    weights = mix.weights(times, t)
+    assert abs(sum(weights) - 1) <= 4 * EPS * sum(map(abs, weights))
+    assert len(weights) == (1 if t < 0 else min(mix.length, len(times)))
+
+
 @given(operators | st.just(SCALE), node_lists)
 def test_the_newest_value_at_its_own_time(reuse: Reuse, nodes: list[int]) -> None:
     """Bit for bit, also where the formula would say otherwise (Hermite) or fit only nearly (Chebyshev)."""
@@ -340,7 +350,7 @@ def test_scale_on_a_model(times: tuple[float, ...], seed: int) -> None:
             assert torch.allclose(found, x + residual, rtol=1e-12, atol=1e-12)
 
 
-@given(operators | st.just(SCALE))
+@given(operators | mixes | st.just(SCALE))
 def test_copies_and_pickles_are_equal(reuse: Reuse) -> None:
     assert copy.deepcopy(reuse) == reuse == pickle.loads(pickle.dumps(reuse))
     assert hash(copy.deepcopy(reuse)) == hash(reuse)
