@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,7 @@ class Segment:
         modules: in place of the blocks, their modules of these kinds, which share the decision: ``"attn"``, ``"cross_attn"``,
             ``"mlp"``, ``"spatial_attn"``, ``"temporal_attn"``, or a tuple of them. The blocks themselves run on every step.
         each: a decision for every block (or unit) on its own, in place of one for all.
+        advice: what to write instead where a stack is too short for it, for the message that says so.
     """
 
     start: int | str | None = None
@@ -43,6 +44,7 @@ class Segment:
     reuse: Any = None
     modules: str | tuple[str, ...] | None = None
     each: bool = False
+    advice: str = field(default="", repr=False, compare=False)
 
     @property
     def is_model(self) -> bool:
@@ -199,9 +201,14 @@ class Layout:
         return {
             f"segment ({site.segment.start}, {site.segment.stop}) covers none of this stack's {len(graph.blocks)} blocks"
             f"{f' with a module of kind {join(site.segment.names)}' if site.segment.names else ''}: all run"
+            f"{_advised(site.segment)}"
             for site, first in zip(sites, self.firsts, strict=True)
             if first is None and not site.segment.is_model and graph.blocks
         }
+
+
+def _advised(segment: Segment) -> str:
+    return f"; {segment.advice}" if segment.advice else ""
 
 
 def join(names: tuple[str, ...]) -> str:
@@ -288,7 +295,10 @@ def _check_range(segment: Segment, units: int) -> None:
     # "All but so many at each end" may well leave nothing of a short stack; that is noted, and everything runs.
     both_ends = len(ends) == 2 and ends[0] >= 0 > ends[1]
     if any(end > units or end < -units for end in ends) and not both_ends:
-        raise ConfigError(f"segment ({segment.start}, {segment.stop}) lies outside this stack of {units} blocks")
+        raise ConfigError(
+            f"segment ({segment.start}, {segment.stop}) lies outside this stack of {units} blocks"
+            f"{_advised(segment) or '; give start and stop as in a Python slice of them'}"
+        )
 
 
 def _runs(graph: Graph, members: list[int], reuse: Reuse) -> list[list[int]]:
