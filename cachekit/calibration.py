@@ -108,9 +108,13 @@ class Calibration(BaseModel):
 
         Args:
             signal: ``"change"`` or ``"front-change"`` of a site with blocks before it; ``"input"`` (what enters the first
-                block's attention) or ``"output"`` (the prediction) of the whole model.
+                block's attention), ``"output"`` (the prediction) or ``"estimate"`` (the output's change as ``change_polynomial``
+                estimates it from the input's, 0 where that is negative) of the whole model.
             percentile: 0 to 100; reuse gets more likely with it.
             site: name of the site, for the first two.
+
+        Returns:
+            The percentile over all steps but the first, of the runs' mean for the first two, of all runs for the others.
 
         Raises:
             ConfigError: another signal, one that was not to be seen, or a percentile outside 0 ... 100.
@@ -127,8 +131,10 @@ class Calibration(BaseModel):
             record = self.site(site)
             row = record.change if signal == "change" else record.front_change
             return [value for value in row if value is not None]
+        if signal == "estimate":
+            return [max(0.0, float(value)) for value in np.polyval(self.change_polynomial(), self.input_changes)]
         if signal not in ("input", "output"):
-            raise ConfigError(f"unknown signal {signal!r}; write 'change', 'front-change', 'input' or 'output'")
+            raise ConfigError(f"unknown signal {signal!r}; write 'change', 'front-change', 'input', 'output' or 'estimate'")
         return list(self.input_changes if signal == "input" else self.output_changes)
 
     def change_polynomial(self, degree: int = 4) -> tuple[float, ...]:

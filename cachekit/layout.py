@@ -52,9 +52,14 @@ class Layout:
         return {
             f"segment ({site.segment.start}, {site.segment.stop}) covers none of this stack's {len(graph.blocks)} blocks"
             f"{f' with a module of kind {join(site.segment.names)}' if site.segment.names else ''}: all run"
+            f"{_advised(site.segment)}"
             for site, first in zip(sites, self.firsts, strict=True)
             if first is None and not site.segment.is_model and graph.blocks
         }
+
+
+def _advised(segment: Segment) -> str:
+    return f"; {segment.advice}" if segment.advice else ""
 
 
 def join(names: tuple[str, ...]) -> str:
@@ -110,7 +115,10 @@ def _check_range(segment: Segment, units: int) -> None:
     # "All but so many at each end" may well leave nothing of a short stack; that is noted, and everything runs.
     both_ends = len(ends) == 2 and ends[0] >= 0 > ends[1]
     if any(end > units or end < -units for end in ends) and not both_ends:
-        raise ConfigError(f"segment ({segment.start}, {segment.stop}) lies outside this stack of {units} blocks")
+        raise ConfigError(
+            f"segment ({segment.start}, {segment.stop}) lies outside this stack of {units} blocks"
+            f"{_advised(segment) or '; give start and stop as in a Python slice of them'}"
+        )
 
 
 def _runs(graph: Graph, members: list[int], reuse: Reuse) -> list[list[int]]:

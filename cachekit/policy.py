@@ -190,11 +190,49 @@ def _joined(segments: Any, combine: Callable[[Any], Any]) -> Any:
 
 
 @dataclass(frozen=True)
+class Clash:
+    """What two joined presets have where they disagree: neither's value. ``wrap``'s own argument may take its place.
+
+    Attributes:
+        name: ``"segments"`` or ``"reuse"``.
+        ours, theirs: what either preset has.
+    """
+
+    name: str
+    ours: Any
+    theirs: Any
+
+
+def settled(value: Any) -> Any:
+    """A preset's segments or reuse, where nothing takes their place.
+
+    Raises:
+        ConfigError: presets were joined that disagree on it.
+    """
+    if isinstance(value, Clash):
+        raise ConfigError(
+            f"two presets with different {value.name} ({value.ours!r}, {value.theirs!r}): combine their policies, or give "
+            f"{value.name}="
+        )
+    return value
+
+
+def _agreed(name: str, ours: Any, theirs: Any, read: Callable[[Any], Any]) -> Any:
+    if ours is None or theirs is None:
+        return theirs if ours is None else ours
+    for value in (ours, theirs):
+        if isinstance(value, Clash):
+            return value
+    return ours if ours == theirs or read(ours) == read(theirs) else Clash(name, ours, theirs)
+
+
+@dataclass(frozen=True)
 class Preset:
     """A policy together with the segments and the reuse that it was tuned or published with.
 
     ``wrap``'s own ``segments=`` and ``reuse=`` win over both. Combined with a policy by ``|`` or ``&`` it keeps them; segments
-    with policies of their own are each combined with it.
+    with policies of their own are each combined with it. Two presets that disagree on one of them can be combined where
+    ``wrap`` is given that one.
     """
 
     policy: Policy[Any]
@@ -206,18 +244,16 @@ class Preset:
             other = Preset(other)
         if not isinstance(other, Preset):
             return NotImplemented  # type: ignore[no-any-return]
-        for name in ("segments", "reuse"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours is not None and theirs is not None and ours != theirs:
-                raise ConfigError(
-                    f"two presets with different {name} ({ours!r}, {theirs!r}): combine their policies, or give {name}="
-                )
-        segments = self.segments
-        if segments is None:
-            segments = _joined(other.segments, lambda own: combine(self.policy, own))
+        from cachekit.reuse import parse_reuse
+        from cachekit.segments import parse_segments
+
+        segments = _agreed("segments", self.segments, other.segments, parse_segments)
+        if self.segments is None:
+            segments = _joined(segments, lambda own: combine(self.policy, own))
         elif other.segments is None:
             segments = _joined(segments, lambda own: combine(own, other.policy))
-        return Preset(combine(self.policy, other.policy), segments, self.reuse or other.reuse)
+        reuse = _agreed("reuse", self.reuse, other.reuse, parse_reuse)
+        return Preset(combine(self.policy, other.policy), segments, reuse)
 
     def __or__(self, other: Any) -> Preset:
         return self._join(other, lambda a, b: a | b)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +32,7 @@ class Segment:
         modules: in place of the blocks, their modules of these kinds, which share the decision: ``"attn"``, ``"cross_attn"``,
             ``"mlp"``, ``"spatial_attn"``, ``"temporal_attn"``, or a tuple of them. The blocks themselves run on every step.
         each: a decision for every block (or unit) on its own, in place of one for all.
+        advice: what to write instead where a stack is too short for it, for the message that says so.
     """
 
     start: int | str | None = None
@@ -40,6 +41,7 @@ class Segment:
     reuse: Any = None
     modules: str | tuple[str, ...] | None = None
     each: bool = False
+    advice: str = field(default="", repr=False, compare=False)
 
     @property
     def is_model(self) -> bool:

@@ -111,8 +111,16 @@ class _Parser:
             return _from_file(leaf)
         from cachekit.policies.calibrated import CALIBRATED
 
+        match = _LEAF.fullmatch(leaf)
+        if match is not None and match["name"] in CALIBRATED and match["name"] not in self.known:
+            raise ConfigError(_lacks_file(leaf, match["name"]))
         written = ", ".join(file_usage(name, maker) for name, maker in CALIBRATED.items())
         return make(leaf, self.known, kind="policy", advice=f"from a file: {written}; join them with | or &")
+
+
+def _lacks_file(leaf: str, name: str) -> str:
+    needs, made = ("file", "cachekit.search(...).best") if name == "plan" else ("calibration", "cachekit.calibrate(...)")
+    return f"{leaf} needs a {needs}: write {leaf}:FILE with the file of {made}.save(FILE)"
 
 
 def _from_file(leaf: str) -> Any:

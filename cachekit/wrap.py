@@ -14,7 +14,7 @@ from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
 from cachekit.for_model import bound
 from cachekit.interceptors import owner_of
-from cachekit.policy import Preset
+from cachekit.policy import Preset, settled
 from cachekit.refresh import check, refreshes
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, parse_segments
@@ -197,10 +197,10 @@ def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: 
     preset = read(policy)
     default_reuse = reuse if reuse is not None else preset.reuse
     made = []
-    for segment in parse_segments(segments if segments is not None else preset.segments):
+    for segment in parse_segments(segments if segments is not None else settled(preset.segments)):
         own = preset if segment.policy is None else read(segment.policy)
         chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
-        site = Site(segment, own.policy, parse_reuse(chosen))
+        site = Site(segment, own.policy, parse_reuse(settled(chosen)))
         check(site)
         for of in sorted(INSIDE & {signal.of for signal in site.signals} if segment.is_model else ()):
             raise ConfigError(LACKING[of])

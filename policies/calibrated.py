@@ -17,6 +17,7 @@ from cachekit.errors import ConfigError
 from cachekit.for_model import ForModel
 from cachekit.plan_file import FromPlan, Plan
 from cachekit.policies.change import change
+from cachekit.policies.first_block import first_block
 from cachekit.policies.front_change import front_change
 from cachekit.policies.magcache import magcache
 from cachekit.policies.smoothcache import smoothcache
@@ -81,6 +82,32 @@ def _front_change(file: str, percentile: NonNegativeFloat) -> Fitted:
     return Fitted(Calibration.load(file), functools.partial(_at_percentile, percentile=percentile, signal="front-change"))
 
 
+@validate_call
+def _teacache_percentile(file: str, percentile: NonNegativeFloat) -> Fitted:
+    """TeaCache with the polynomial that fits a calibration, and a threshold at this percentile of what it adds a step there."""
+    return Fitted(Calibration.load(file), functools.partial(_teacache_at, percentile=percentile))
+
+
+@validate_call
+def _first_block_percentile(file: str, percentile: NonNegativeFloat) -> Fitted:
+    """First-Block Cache with a threshold at this percentile of the first block's change from step to step in a calibration."""
+    return Fitted(Calibration.load(file), functools.partial(_first_block_at, percentile=percentile))
+
+
+def _teacache_at(calibration: Calibration, percentile: float) -> Preset:
+    return _with_polynomial(calibration, calibration.threshold("estimate", percentile))
+
+
+def _first_block_at(calibration: Calibration, percentile: float) -> Preset:
+    for name, record in calibration.sites.items():
+        if record.segments[0].start == 1 and any(value is not None for value in record.change):
+            return first_block(calibration.threshold("change", percentile, name))
+    raise ConfigError(
+        f"this calibration did not see the first block's change: none of its sites ({', '.join(map(repr, calibration.sites))}) "
+        "begins with the second block; calibrate with sites=('middle',), or write first-block-THRESHOLD"
+    )
+
+
 def _with_ratios(calibration: Calibration, threshold: float) -> Preset:
     if not calibration.ratios:
         raise ConfigError("the calibration has no ratios for MagCache: its model has no blocks that were seen")
@@ -103,6 +130,8 @@ CALIBRATED: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "smoothcache": _smoothcache,
         "magcache": _magcache,
         "teacache": _teacache,
+        "teacache-percentile": _teacache_percentile,
+        "first-block-percentile": _first_block_percentile,
         "change-percentile": _change,
         "front-change-percentile": _front_change,
     }

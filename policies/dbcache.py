@@ -8,6 +8,7 @@ from cachekit.policies.at_most import at_most
 from cachekit.policies.first import first
 from cachekit.policies.front_change import front_change
 from cachekit.policy import Policy, Preset
+from cachekit.segments import Segment
 
 
 @validate_call
@@ -26,7 +27,8 @@ def dbcache(
 
     Args:
         f: number of blocks whose residual, taken together, is the probe.
-        b: number of blocks at the end that run on top of what is reused.
+        b: number of blocks at the end that run on top of what is reused. Where a stack has no more than f + b blocks, every
+            block runs, and stats or an error say so.
         threshold: as First-Block Cache's.
         warm_up: number of full steps at first.
         limit: most reuses in a row; none unless given.
@@ -34,4 +36,8 @@ def dbcache(
     policy: Policy[object] = first(warm_up) | front_change(threshold, pooled=True)
     if limit is not None:
         policy = policy | at_most(limit)
-    return Preset(policy, segments=(f, -b if b else None), reuse="residual")
+    advice = (
+        f"dbcache runs {f} blocks at the start and {b} at the end on every step, which leaves none here; write a smaller probe, "
+        f"for example dbcache-2-0-{threshold}"
+    )
+    return Preset(policy, segments=Segment(f, -b if b else None, advice=advice), reuse="residual")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import Field, PositiveInt, validate_call
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as validated
+from torch import nn
 
+from cachekit.adapter import Adapter
+from cachekit.blocks import find_blocks
+from cachekit.errors import ConfigError
+from cachekit.for_model import ForModel
 from cachekit.policies.every import every
 from cachekit.policy import STRICT, Policy, Preset, Step
 from cachekit.segments import Segment
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+# Half of the blocks of the paper's models.
+PAPER = 14
 
-@dataclass(frozen=True, config=STRICT)
+
+@validated(frozen=True, config=STRICT)
 class stage(Policy[None]):
     """Recompute in the first share of the steps, or after it.
 
@@ -32,8 +41,22 @@ class stage(Policy[None]):
         return step.range is None or (step.t <= (1 - self.share) * step.range) is self.late
 
 
+@dataclass(frozen=True)
+class _Half(ForModel):
+    """``delta_dit`` of half of the model's stack."""
+
+    n: int
+    early: float
+
+    def for_model(self, model: nn.Module, adapter: Adapter) -> Preset:
+        units = len(find_blocks(model, adapter)) // adapter.unit
+        if units < 2:
+            raise ConfigError(f"Delta-DiT needs a front and a rear, and this model has {units} blocks; write every-{self.n}")
+        return delta_dit(self.n, min(PAPER, units // 2), self.early)
+
+
 @validate_call
-def delta_dit(n: PositiveInt, blocks: PositiveInt = 14, early: Share = 0.5) -> Preset:
+def delta_dit(n: PositiveInt, blocks: PositiveInt | None = None, early: Share = 0.5) -> Preset:
     """Reuse the residual of the last blocks in the early steps, and that of the first blocks later (Delta-DiT, arXiv 2406.01125).
 
     Needs the number of steps, ``model.cachekit.session(steps=...)``, or a known range of t; stats say where it was off.
@@ -41,9 +64,13 @@ def delta_dit(n: PositiveInt, blocks: PositiveInt = 14, early: Share = 0.5) -> P
 
     Args:
         n: period of what is reused.
-        blocks: how many at either end. The default is half of the 28 of the paper's models; it must fit twice.
+        blocks: how many at either end; it must fit twice. None is half of the blocks of the model that is wrapped, and at most
+            14, half of the 28 of the paper's models. ``wrap`` raises ``ConfigError`` where there are fewer than two.
         early: share of the steps in which the last blocks are reused. The paper tunes it for each model; half is ours.
     """
-    rear = Segment(-blocks, None, policy=every(n) | stage(early, late=True))
-    front = Segment(0, blocks, policy=every(n) | stage(early))
+    if blocks is None:
+        return _Half(n, early)
+    advice = f"write fewer at either end, or delta-dit-{n} for half of them, instead of delta-dit-{n}-{blocks}"
+    rear = Segment(-blocks, None, policy=every(n) | stage(early, late=True), advice=advice)
+    front = Segment(0, blocks, policy=every(n) | stage(early), advice=advice)
     return Preset(every(n), segments=[front, rear], reuse="residual")

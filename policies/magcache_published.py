@@ -50,8 +50,9 @@ class _Published(ForModel):
         found = by_class(model, MEASURED)
         if found is None:
             raise ConfigError(
-                f"no published MagCache ratios are known for {type(model).__name__} (known: {', '.join(MEASURED)}); measure them "
-                f"in an uncached run, and write cachekit.policies.magcache(ratios, timesteps, {self.threshold})"
+                f"no published MagCache ratios are known for {type(model).__name__} (known: {', '.join(MEASURED)}); measure them: "
+                f"write magcache-{self.threshold}:FILE with the file of cachekit.calibrate(...).save(FILE), or "
+                f"cachekit.policies.magcache(ratios, timesteps, {self.threshold})"
             )
         return magcache(found.ratios, found.timesteps, self.threshold, self.limit, self.retention)
 

@@ -50,7 +50,7 @@ class _Published(ForModel):
         if found is None:
             raise ConfigError(
                 f"no published TeaCache polynomial is known for {type(model).__name__} (known: {', '.join(PUBLISHED)}); fit one "
-                f"to this model's changes of input and output, and write "
+                f"to this model: write teacache-{self.threshold}:FILE with the file of cachekit.calibrate(...).save(FILE), or "
                 f"cachekit.policies.teacache({self.threshold}, coefficients=(...)), where (1, 0) is no polynomial at all"
             )
         return teacache(self.threshold, coefficients=found)

@@ -137,6 +137,60 @@ def test_percentiles_of_signals(model: Any, calibration: Calibration) -> None:
         assert calibration.threshold("change", percentile) == pytest.approx(np.percentile(seen, percentile), rel=1e-4)
 
 
+def test_the_percentile_of_teacache_is_of_its_estimate(model: Any, calibration: Calibration) -> None:
+    """Of what the fitted polynomial makes of each change of what enters the first attention: by hand, term by term."""
+    estimates = []
+    for run in (0, 1):
+        entering = caught(model, "transformer_blocks.0.attn1", run, entering=True)
+        for then, now in pairwise(entering):
+            d = float((now - then).abs().mean() / then.abs().mean())
+            terms = [c * d**power for power, c in enumerate(reversed(calibration.change_polynomial()))]
+            estimates.append(max(0.0, sum(terms)))
+    for percentile in (0, 40, 100):
+        # A polynomial of degree 4 that is fitted to 14 points: the changes' single precision comes out enlarged.
+        expected = pytest.approx(np.percentile(estimates, percentile), rel=1e-3, abs=1e-6)
+        assert calibration.threshold("estimate", percentile) == expected
+    assert calibration.threshold("estimate", 100) != pytest.approx(calibration.threshold("input", 100), rel=0.01)
+
+
+def test_an_estimate_below_zero_counts_as_zero(calibration: Calibration) -> None:
+    """Where the fit dips under zero, a threshold can't follow it there."""
+    changed = {"input_changes": tuple(float(d) for d in range(6)), "output_changes": (0.1, -1.0, -1.0, 0.5, 1.0, 1.0)}
+    dipping = calibration.model_copy(update=changed)
+    assert np.polyval(dipping.change_polynomial(), 1.0) < 0
+    assert dipping.threshold("estimate", 0) == 0.0 < dipping.threshold("estimate", 90)
+
+
+def test_the_percentile_of_first_block_needs_the_first_blocks_change(model: Any, calibration: Calibration, tmp_path: Path) -> None:
+    """From whichever site begins with the second block; where none does it is refused."""
+    other = calibration.site("middle").model_copy(update={"change": (None, *(0.5,) * (STEPS - 1))})
+    behind = other.model_copy(update={"segments": (other.segments[0].model_copy(update={"start": 2}),)})
+    calibration.model_copy(update={"sites": {"(2, -1)": behind, "skip-1": other}}).save(tmp_path / "c.json")
+    cachekit.wrap(model, f"first-block-percentile-30:{tmp_path / 'c.json'}")
+    (site,) = model.cachekit._engine.sites
+    cachekit.unwrap(model)
+    assert (site.segment, site.policy) == (cachekit.Segment(1), cachekit.policies.change(0.5, pooled=True))
+    calibration.model_copy(update={"sites": {"(2, -1)": behind, "model": calibration.site("model")}}).save(tmp_path / "c.json")
+    with pytest.raises(cachekit.ConfigError, match=r"did not see the first block's change.*sites=\('middle',\)"):
+        cachekit.wrap(model, f"first-block-percentile-30:{tmp_path / 'c.json'}")
+    with pytest.raises(cachekit.ConfigError, match=r"give one of 0 \.\.\. 100"):
+        cachekit.wrap(model, f"teacache-percentile-101:{tmp_path / 'c.json'}")
+
+
+def test_a_higher_percentile_reuses_no_less(model: Any, calibration: Calibration, tmp_path: Path) -> None:
+    """The higher the percentile, the more, from the smallest change of all to the largest."""
+    calibration.save(tmp_path / "c.json")
+    for name in ("teacache", "first-block"):
+        reused = []
+        for percentile in (0, 50, 100):
+            cachekit.wrap(model, f"{name}-percentile-{percentile}:{tmp_path / 'c.json'}")
+            with model.cachekit.session(steps=STEPS):
+                sampling(model)(0)
+            reused.append(sum(not all(record.recomputed) for record in model.cachekit.stats.records))
+            cachekit.unwrap(model)
+        assert reused == sorted(reused) and reused[0] < reused[2]
+
+
 def test_what_one_reused_step_costs(model: Any, calibration: Calibration) -> None:
     """Forecast to order 1 where there are two values, held at the second step: run here by a schedule of all other steps."""
     full = sampling(model)(0)
@@ -250,6 +304,10 @@ def test_fitted_policies_by_name(model: Any, calibration: Calibration, tmp_path:
         f"magcache-0.1:{file}": cachekit.policies.magcache(calibration.ratios, grid(), 0.1),
         f"teacache-0.3:{file}": cachekit.policies.teacache(0.3, coefficients=calibration.change_polynomial()),
         f"change-percentile-60:{file}": cachekit.policies.change(calibration.threshold("change", 60)),
+        f"teacache-percentile-60:{file}": cachekit.policies.teacache(
+            calibration.threshold("estimate", 60), coefficients=calibration.change_polynomial()
+        ),
+        f"first-block-percentile-60:{file}": cachekit.policies.first_block(calibration.threshold("change", 60)),
         f"smoothcache-0.2:{file}": smoothcache(calibration, 0.2),
     }
     for spec, policy in written.items():

@@ -98,6 +98,85 @@ def test_ones_own_target(own: str, tmp_path: Path) -> None:
     assert (pareto[..., :3] < 0.5).all(axis=-1).mean() > 0.005, "a picture with something on it"
 
 
+# Item 7 of what was promised: every one of these can be compared, wherever its file lies.
+SPECS = (
+    *("fora-3", "delta-dit-3", "pab", "tgate-20-2", "teacache-0.2", "first-block-0.1", "dbcache-8-0-0.08", "adacache"),
+    *("magcache-0.06", "easycache-0.025", "taylorseer-3-1", "hicache-3-2", "foca-3", "speca-0.3", "toca-3-0.07", "duca-3-0.05"),
+    "fastercache",
+)
+FILES = ("plan:{}/plan.json", "{}/plan.json", "smoothcache-0.1:{}/c.json", "teacache-0.2:{}/c.json")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan and a calibration of the module's model, in a folder whose name has all that a spec's parts are told by."""
+    folder = tmp_path_factory.mktemp("runs") / "1,b@model" / "c.json"
+    folder.mkdir(parents=True)
+    given: dict[str, Any] = {}
+    exec(MODULE, given)
+    model, sample = given["factory"]()
+    calibration = cachekit.calibrate(model, sample, runs=1, sites=("middle", "attn", "mlp"), progress=False)
+    calibration.save(folder / "c.json")
+    calibration.save(folder.parent / "c")
+    cachekit.search(calibration, model, sample, budget=6, sites=("middle",), tries=1, progress=False).best.save(
+        folder / "plan.json"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("suffix", "segments", "reuse"), [("", None, None), ("@model", "model", None), ("/output", None, "output")]
+)
+def test_every_spec_is_read_with_its_suffixes(kept: Path, suffix: str, segments: str | None, reuse: str | None) -> None:
+    solver = Solver("any", lambda seed, steps: torch.zeros(1), 4)
+    for spec in (*SPECS, *(text.format(kept) for text in FILES)):
+        for text in (spec, f"{spec} | every-2", f"every-2 & {spec}"):
+            row = rows.parse_cached(f"{text}{suffix}@skip-1/taylor-1" if not suffix else f"{text}{suffix}", solver)
+            wanted = (text, "skip-1", "taylor-1") if not suffix else (text, segments, reuse)
+            assert (row.policy, row.segments, row.reuse) == wanted
+        assert rows.parse_cached(spec, solver).policy == spec
+        if ":" in spec or "/" not in spec:
+            several = ["every-3", f"{spec}{suffix}", spec, "every-2"]
+            assert rows.split_policies(",".join(several)) == several
+        assert rows.rows_of(["plain", "skip"], [f"{spec}{suffix}", f"skip={spec}"])[1] == (f"{spec}{suffix}", spec)
+
+
+def test_a_file_of_any_name(kept: Path) -> None:
+    """One without an ending goes to the end of its policy; what stands behind another policy is none of its name."""
+    solver = Solver("any", lambda seed, steps: torch.zeros(1), 4)
+    assert rows.parse_cached(f"smoothcache-0.1:{kept.parent}/c", solver).policy == f"smoothcache-0.1:{kept.parent}/c"
+    row = rows.parse_cached(f"smoothcache-0.1:{kept.parent}/c | every-2@attn/output", solver)
+    assert (row.policy, row.segments, row.reuse) == (f"smoothcache-0.1:{kept.parent}/c | every-2", "attn", "output")
+    assert rows.rows_of(["plain"], ["plan:/runs/n=1/plan.json"]) == [("plan:/runs/n=1/plan.json",)]
+    assert rows.rows_of(["skip:w.pt"], ["skip:w.pt=plan:/runs/n=1/plan.json"]) == [("plan:/runs/n=1/plan.json",)]
+    assert rows.split_policies("skip:w.pt=every-2,plan.json,plan:./a,every-3") == [
+        "skip:w.pt=every-2",
+        "plan.json",
+        "plan:./a",
+        "every-3",
+    ]
+    with pytest.raises(cachekit.ConfigError, match=r"no calibration to read at .*c/output"):
+        rows.parse_cached(f"smoothcache-0.1:{kept.parent}/c/output", solver)
+
+
+def test_plans_and_calibrations_are_compared(own: str, kept: Path, tmp_path: Path) -> None:
+    """By absolute and relative paths, several in one option, and with other segments and reuse."""
+    (tmp_path / "c.json").write_bytes((kept / "c.json").read_bytes())
+    specs = (
+        f"plan:{kept}/plan.json",
+        f"plan:{kept}/plan.json@model/taylor-1",
+        f"smoothcache-0.9:{kept}/c.json",
+        "smoothcache-0.9:./c.json",
+    )
+    done = run(f"{own}:factory", "-p", ",".join(specs), "--seeds", "1", "--out", "o")
+    assert done.exit_code == 0, done.output
+    (solver,) = written(tmp_path / "o")["solvers"].values()
+    by_label = {row["label"]: row for row in solver["rows"]}
+    plan, model, smooth, same = (by_label[spec] for spec in specs)
+    assert plan["blocks_run"] == 6 * 4 + 6 * 2 and model["blocks_run"] == 6 * 4
+    assert smooth["errors"] == same["errors"] and min(smooth["errors"] + plan["errors"] + model["errors"]) > 0
+
+
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=8))
 def test_the_pareto_front_is_what_none_beats(points: list[tuple[int, int]]) -> None:
     def beaten(a: tuple[int, int]) -> bool:
@@ -151,6 +230,10 @@ def test_the_shipped_target(tmp_path: Path) -> None:
         (("own_target:factory", "-p", "@model"), "names no policy"),
         (("own_target:factory", "-p", "every-2/held"), "unknown reuse 'held'"),
         (("own_target:factory", "-p", "every-2@centre"), "unknown segments='centre'"),
+        (("own_target:factory", "-p", "plan:/nowhere/at/all.json"), "no plan to read at '/nowhere/at/all.json'"),
+        (("own_target:factory", "-p", "plan:/nowhere/all.json@model/held"), "no plan to read at '/nowhere/all.json'"),
+        (("own_target:factory", "-p", "fora-3 | first-block-0.1@middle"), "two presets with different reuse"),
+        (("own_target:factory", "-p", "smoothcache-0.1"), "smoothcache-0.1 needs a calibration"),
     ],
     ids=str,
 )

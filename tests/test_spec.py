@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from running import generate
+from zoo import DIT
 
 import cachekit
 from cachekit.policies import (
@@ -51,7 +55,7 @@ from cachekit.policies.reuses import Bdf, Frequencies, Hermite, Mix, TaylorSeer,
 from cachekit.policies.speca import verified
 from cachekit.policy import AllOf, AnyOf, Policy, Preset
 from cachekit.reuse import Forecast, parse_reuse
-from cachekit.segments import Segment, parse_segments
+from cachekit.segments import Segment, Site, parse_segments
 from cachekit.spec import parse_policy
 
 LEAVES: list[tuple[str, Any]] = [
@@ -99,8 +103,8 @@ FASTER = [
 PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
     ("first-block", first_block(0.05), change(0.05, pooled=True), (1, None), "residual"),
     ("first-block-0.1", first_block(0.1), change(0.1, pooled=True), (1, None), "residual"),
-    ("dbcache", dbcache(8, 0, 0.08), first(8) | front_change(0.08, pooled=True), (8, None), "residual"),
-    ("dbcache-2-1-0.2", dbcache(2, 1, 0.2), first(8) | front_change(0.2, pooled=True), (2, -1), "residual"),
+    ("dbcache", dbcache(8, 0, 0.08), first(8) | front_change(0.08, pooled=True), Segment(8), "residual"),
+    ("dbcache-2-1-0.2", dbcache(2, 1, 0.2), first(8) | front_change(0.2, pooled=True), Segment(2, -1), "residual"),
     ("fora-4", fora(4), every(4) | last(1), "modules", "output"),
     ("toca-3-0.07", toca(3, 0.07), every(3), "modules", Tokens(0.07, period=3)),
     ("duca-4-0.05", duca(4, 0.05), every(4), "modules", Tokens(0.05, by="random", period=4, alternate=True)),
@@ -131,7 +135,6 @@ PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
         ],
         "residual",
     ),
-    ("delta-dit-3", delta_dit(3, 14, 0.5), every(3), delta_dit(3).segments, "residual"),
 ]
 
 
@@ -195,11 +198,83 @@ def test_a_preset_in_a_combination_keeps_its_reuse() -> None:
     assert parse_policy("skip-every-3 | skip-every-5").policy == AnyOf(skip_every(3).policy, skip_every(5).policy)
 
 
-def test_presets_that_disagree_are_refused() -> None:
+# Pairs that disagree on both, on the segments alone, and on the reuse alone.
+BOTH = [("fora-3", "first-block-0.1"), ("taylorseer-3", "fora-2"), ("delta-dit-2-3", "speca"), ("fastercache", "hicache-3")]
+WHERE = [("first-block-0.1", "delta-dit-2-3"), ("fora-3", "pab"), ("dbcache-2", "easycache")]
+HOW = [("skip-every-3", "foca-3"), ("taylorseer-3", "hicache-3"), ("fora-3", "toca-3")]
+JOINS: dict[str, Callable[[Any, Any], Any]] = {"|": operator.or_, "&": operator.and_}
+
+
+def _sites(policy: Any, **options: Any) -> tuple[Site, ...]:
+    found: tuple[Site, ...] = cachekit.wrap(DIT.build(), policy, **options).cachekit._engine.sites
+    return found
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("pair", BOTH + WHERE + HOW, ids="-and-".join)
+def test_presets_that_disagree_need_what_they_disagree_on(pair: tuple[str, str], join: str) -> None:
+    """As a string and as objects, in either order: refused by name, and with wrap's own arguments one segment of both policies."""
+    for a, b in (pair, pair[::-1]):
+        first_, second = parse_policy(a), parse_policy(b)
+        for policy in (f"{a} {join} {b}", JOINS[join](first_, second)):
+            (site,) = _sites(policy, segments="middle", reuse="taylor-1")
+            assert (site.segment, site.reuse) == (Segment(1, -1), Forecast(1))
+            assert site.policy == JOINS[join](first_.policy, second.policy)
+            if pair not in HOW:
+                with pytest.raises(cachekit.ConfigError, match=r"two presets with different segments .*, or give segments="):
+                    _sites(policy, reuse="output")
+            if pair not in WHERE:
+                with pytest.raises(cachekit.ConfigError, match=r"two presets with different reuse .*, or give reuse="):
+                    _sites(policy, segments="middle")
+
+
+@pytest.mark.parametrize("pair", WHERE)
+def test_one_side_is_enough_where_they_disagree_on_one(pair: tuple[str, str]) -> None:
+    a, b = pair
+    (site,) = _sites(f"{a} | {b}", segments="all")
+    assert (site.segment, site.reuse) == (Segment(), parse_reuse(parse_policy(a).reuse))
+
+
+def test_the_other_side_is_kept_where_they_disagree_on_the_reuse() -> None:
+    (site,) = _sites("taylorseer-3 | hicache-3", reuse="residual")
+    assert (site.segment, site.reuse) == (Segment(), Forecast(beta=1.0))
+    (site,) = _sites("taylorseer-3 | hicache-3", segments=Segment(1, 2, reuse="output"))
+    assert site.reuse == Forecast()
+    sites = _sites("every-2", segments=[Segment(1, 2, policy="taylorseer-3 | fora-3", reuse="output"), Segment(3, 4)])
+    assert [site.reuse for site in sites] == [Forecast(), Forecast()]
     with pytest.raises(cachekit.ConfigError, match="two presets with different reuse"):
-        Preset(every(2), reuse="output") | skip_every(2)
-    with pytest.raises(cachekit.ConfigError, match="two presets with different segments"):
-        Preset(every(2), segments="all") & Preset(every(3), segments="model")
+        _sites("every-2", segments=[Segment(1, 2, policy="taylorseer-3 | fora-3")])
+
+
+def test_a_third_does_not_hide_that_two_disagree() -> None:
+    for policy in ("fora-3 | taylorseer-3 | first-4", "first-4 & (fora-3 | taylorseer-3)", "(fora-3 | taylorseer-3) | hicache-3"):
+        with pytest.raises(cachekit.ConfigError, match="two presets with different segments"):
+            _sites(policy)
+        with pytest.raises(cachekit.ConfigError, match="two presets with different reuse"):
+            _sites(policy, segments="all")
+        assert len(_sites(policy, segments="all", reuse="output")) == 1
+
+
+def test_presets_that_say_the_same_in_other_words_agree() -> None:
+    (site,) = _sites("first-block-0.1 | dbcache-1-0-0.2")
+    assert site.segment == Segment(1)
+    joined = Preset(every(2), "middle", "output") & Preset(every(3), (1, -1), Forecast())
+    assert joined == Preset(every(2) & every(3), "middle", "output")
+
+
+def test_both_policies_of_presets_that_disagree_are_asked() -> None:
+    """FORA's period with First-Block Cache's threshold on the middle blocks: recomputed where either says so, from the model."""
+    times = tuple(float(t) for t in range(950, 100, -70))
+
+    def ran(policy: Any) -> list[bool]:
+        model = cachekit.wrap(DIT.build(), policy, segments="middle", reuse="output")
+        with torch.no_grad(), model.cachekit.session(steps=len(times)):
+            generate(model, DIT, times)
+        return [all(record.recomputed) for record in model.cachekit.stats.records]
+
+    assert ran("fora-4 | first-block-9") == ran("fora-4") == [i % 4 == 0 or i == len(times) - 1 for i in range(len(times))]
+    assert ran("fora-4 | first-block-0") == [True] * len(times)
+    assert ran("fora-4 & first-block-9") == [i == 0 for i in range(len(times))]
 
 
 def test_a_preset_in_a_combination_keeps_its_segments_and_joins_their_policies() -> None:
@@ -217,8 +292,6 @@ def test_a_preset_in_a_combination_keeps_its_segments_and_joins_their_policies()
     front, _ = (Preset(first(4)) & delta_dit(2, 3)).segments
     assert parse_policy(front.policy).policy == first(4) & (every(2) | stage(0.5))
     assert parse_policy("delta-dit-2-3 | delta-dit-2-3").segments == delta_dit(2, 3).segments
-    with pytest.raises(cachekit.ConfigError, match="two presets with different segments"):
-        parse_policy("first-block-0.1 | taylorseer-3")
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

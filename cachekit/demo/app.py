@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cachekit.demo.compare import FIRST_SEED, Entry, compare_all
 from cachekit.demo.kept import Kept
-from cachekit.demo.rows import BESIDE, POLICIES, rows_of
+from cachekit.demo.rows import BESIDE, POLICIES, rows_of, split_policies
 from cachekit.demo.shipped import SHIPPED, find_target
 from cachekit.errors import CachekitError
 from cachekit.policies.calibrated import CALIBRATED
@@ -79,7 +79,7 @@ def compare(
     """Sample models uncached, with fewer steps and under several policies, and show what each costs and gains."""
     console = _console()
     names = [*([] if target is None else [target]), *(targets or [])]
-    chosen = [text for given in policies or POLICIES for text in given.split(",")]
+    chosen = [text for given in policies or POLICIES for text in split_policies(given)]
     try:
         entries = _entries(names, chosen, images) if names else _shipped(chosen if policies else BESIDE, chosen, images)
         compare_all(entries, seeds, out, console, steps or (), fine, first_seed, Kept(keep, f"{images} a seed"))

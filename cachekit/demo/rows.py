@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cachekit.demo.target import Solver, Target
 from cachekit.errors import ConfigError
+from cachekit.policy import settled
 from cachekit.reuse import parse_reuse
 from cachekit.segments import parse_segments
 from cachekit.spec import parse_policy
@@ -22,6 +24,10 @@ POLICIES = (
 
 # Of the plain model, beside a Skip-DiT that is shown in full.
 BESIDE = ("skip-every-2", "skip-every-2@model")
+
+# A file in a spec, up to its ending or to the end of the policy that it belongs to.
+_FILE = re.compile(r"[^\s|&()]*\.json|:[^\s|&()]*")
+_LISTED = re.compile(r"(?:[^,:]|:(?:[^\s:=|&()]*?\.json)?)+")
 
 # Of the full number of steps. The error at any time between them is interpolated, so that they stand densely where caches do.
 SHARES = (0.8, 0.66, 0.58, 0.5, 0.42, 0.34)
@@ -49,20 +55,28 @@ class Row:
     reuse: Any = None
 
 
+def split_policies(text: str) -> list[str]:
+    """What commas separate. Those between a colon and the next ``.json`` are a file's, and separate nothing."""
+    return [match.group() for match in _LISTED.finditer(text)]
+
+
 def parse_cached(text: str, solver: Solver) -> Row:
-    """``POLICY[@SEGMENTS][/REUSE]``, such as ``"skip-every-2@model"`` or ``"every-2@skip-2/taylor-1"``.
+    """``POLICY[@SEGMENTS][/REUSE]``, such as ``"skip-every-2@model"`` or ``"plan:/tmp/plan.json@model/taylor-1"``.
+
+    A file's name may hold ``@`` and ``/``: it ends with ``.json``, or else with the policy, which nothing can follow then.
 
     Raises:
-        ConfigError: one of the three can't be read.
+        ConfigError: one of the three can't be read, or two presets disagree on what is not given.
     """
-    rest, _, reuse = text.partition("/")
+    end = max((match.end() for match in _FILE.finditer(text)), default=0)
+    rest, _, reuse = text[end:].partition("/")
     policy, _, segments = rest.partition("@")
-    policy, segments, reuse = policy.strip(), segments.strip(), reuse.strip()
+    policy, segments, reuse = (text[:end] + policy).strip(), segments.strip(), reuse.strip()
     if not policy:
         raise ConfigError(f"{text!r} names no policy; write POLICY[@SEGMENTS][/REUSE], for example skip-every-2@model/taylor-1")
-    parse_policy(policy)
-    parse_segments(segments or None)
-    parse_reuse(reuse or "output")
+    preset = parse_policy(policy)
+    parse_segments(segments or settled(preset.segments))
+    parse_reuse(reuse or settled(preset.reuse) or "output")
     return Row(text, "cached", solver, solver.steps, policy, segments or None, reuse or None)
 
 
@@ -88,10 +102,19 @@ def rows_of(names: Sequence[str], policies: Sequence[str]) -> list[tuple[str, ..
         raise ConfigError(f"targets {', '.join(names)}: give each once")
     found: list[list[str]] = [[] for _ in names]
     for text in policies:
-        name, equals, policy = text.rpartition("=")
-        if equals and name.strip() not in names:
-            raise ConfigError(f"{text!r} is for a target {name.strip()!r}; there are {', '.join(names)}")
+        name, policy = _owner(names, text)
         for k, target in enumerate(names):
-            if not equals or target == name.strip():
+            if name is None or target == name:
                 found[k].append(policy)
     return [tuple(rows) for rows in found]
+
+
+def _owner(names: Sequence[str], text: str) -> tuple[str | None, str]:
+    """The target that a policy is for, and the policy. Behind a colon ``=`` belongs to a file, unless a target is so called."""
+    for k in (k for k, letter in enumerate(text) if letter == "="):
+        if text[:k].strip() in names:
+            return text[:k].strip(), text[k + 1 :]
+    name, equals, _ = text.partition("=")
+    if equals and ":" not in name:
+        raise ConfigError(f"{text!r} is for a target {name.strip()!r}; there are {', '.join(names)}")
+    return None, text
