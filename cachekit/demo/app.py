@@ -67,7 +67,8 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Number of noise seeds.")] = 5,
     images: Annotated[int, typer.Option(min=1, help="Images or clips per seed, for the shipped models.")] = 4,
     fine: Annotated[
-        int | None, typer.Option(min=0, help="On how many seeds the fine solution is computed; all if left out.")
+        int | None,
+        typer.Option(min=0, help="On how many seeds the fine solution is computed; all if left out, two without a target."),
     ] = None,
     first_seed: Annotated[int, typer.Option(min=0, help="The first noise seed.")] = FIRST_SEED,
     keep: Annotated[
@@ -82,6 +83,8 @@ def compare(
     chosen = [text for given in policies or POLICIES for text in split_policies(given)]
     try:
         entries = _entries(names, chosen, images) if names else _shipped(chosen if policies else BESIDE, chosen, images)
+        # Half a minute of a command that is to be over in two.
+        fine = fine if names or fine is not None else 2
         compare_all(entries, seeds, out, console, steps or (), fine, first_seed, Kept(keep, f"{images} a seed"))
     except CachekitError as error:
         Console(stderr=True).print(f"cachekit: {error}", style="red", highlight=False, markup=False)
