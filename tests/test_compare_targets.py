@@ -234,6 +234,21 @@ def test_the_command_line_takes_several(tmp_path: Path, monkeypatch: pytest.Monk
     assert "against plain" in done.output and "Frechet, pixels" in done.output
 
 
+def test_without_a_target_the_skip_dit_is_shown_in_full_and_the_plain_one_in_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policies may be for one of them; the fine solution is computed on two seeds, and of the Skip-DiT alone."""
+    made = {"skip-dit": small(4), "plain": small(2)}
+    monkeypatch.setattr("cachekit.demo.app.find_target", lambda name, samples: made[name])
+    options = ["-p", "every-2,skip-dit=every-3", "--seeds", "3", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, ["compare", *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    full, short = (each["solvers"]["DDIM"]["rows"] for each in json.loads((tmp_path / "compare.json").read_text()))
+    assert [row["label"] for row in short] == ["uncached", "every-2"] and short[0]["errors_to_fine"] == []
+    assert [row["label"] for row in full][-2:] == ["every-2", "every-3"] and any(row["kind"] == "fewer" for row in full)
+    assert [len(row["errors_to_fine"]) for row in full] == [2] * len(full)
+
+
 def test_a_shipped_target_by_name() -> None:
     made = shipped.find_target("plain", 3)
     assert made.solvers[0].sample(0, 1).shape == (3, 1, 28, 28)

@@ -80,9 +80,9 @@ def compare(
     """Sample models uncached, with fewer steps and under several policies, and show what each costs and gains."""
     console = _console()
     names = [*([] if target is None else [target]), *(targets or [])]
-    chosen = [text for given in policies or POLICIES for text in split_policies(given)]
+    chosen = [text for given in policies or () for text in split_policies(given)]
     try:
-        entries = _entries(names, chosen, images) if names else _shipped(chosen if policies else BESIDE, chosen, images)
+        entries = _entries(names, chosen or POLICIES, images) if names else _shipped(chosen, images)
         # Half a minute of a command that is to be over in two.
         fine = fine if names or fine is not None else 2
         compare_all(entries, seeds, out, console, steps or (), fine, first_seed, Kept(keep, f"{images} a seed"))
@@ -98,10 +98,11 @@ def _entries(names: Sequence[str], policies: Sequence[str], images: int) -> list
     ]
 
 
-def _shipped(beside: Sequence[str], policies: Sequence[str], images: int) -> list[Entry]:
+def _shipped(policies: Sequence[str], images: int) -> list[Entry]:
     """The shipped Skip-DiT, and in short the plain DiT, which saves a minute of fewer steps and fine solutions."""
+    full, beside = rows_of(["skip-dit", "plain"], policies) if policies else (POLICIES, BESIDE)
     plain = replace(find_target("plain", images), fine=None)
-    return [Entry(find_target("skip-dit", images), tuple(policies), "skip-dit"), Entry(plain, tuple(beside), "plain", fewer=False)]
+    return [Entry(find_target("skip-dit", images), full, "skip-dit"), Entry(plain, beside, "plain", fewer=False)]
 
 
 @app.command()
