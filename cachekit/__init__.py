@@ -14,7 +14,8 @@ from cachekit.for_model import ForModel
 from cachekit.graph import Cost, Graph, Visit
 from cachekit.long_skips import add_long_skips, remove_long_skips
 from cachekit.plan_file import Plan
-from cachekit.policy import Policy, Preset, Step
+from cachekit.policy import Policy, Step
+from cachekit.preset import Preset
 from cachekit.retrofit import retrofit
 from cachekit.reuse import Forecast, Reuse
 from cachekit.schedule import Schedule, plan

@@ -9,16 +9,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cachekit import refresh
 from cachekit.adapter import Adapter
-from cachekit.alone import MeasuredCall
-from cachekit.audit import WRITES, Auditor, Shadow, ShadowCall, audit
-from cachekit.call import Given, GraphChanged, KnownCall, Original, PlainCall
+from cachekit.audit import Auditor, Shadow, ShadowCall, audit
+from cachekit.call import GraphChanged, Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ModelError
-from cachekit.guidance import HALVES, PassDecisions, Run
+from cachekit.guidance import HALVES
 from cachekit.guidance_batch import BatchedPasses
 from cachekit.guidance_calls import SeparatePasses
 from cachekit.inputs import Inputs, Reader
@@ -26,26 +24,16 @@ from cachekit.interceptors import WHOLE, Interceptors
 from cachekit.lanes import Lanes
 from cachekit.peek import Peeker
 from cachekit.policy import Step
-from cachekit.sample_decisions import SampleDecisions, decisions_for
+from cachekit.running import Running
+from cachekit.sample_decisions import decisions_for
 from cachekit.segments import Site
 from cachekit.session import Branch, Generation, Lane, Name, Placed, step_of
 from cachekit.stats import Record, Stats
-from cachekit.sub_batch import known_call, run_part
 from cachekit.tree import tensors
-from cachekit.trial import Trial
+from cachekit.under_way import UnderWay
 from cachekit.values import measures
-from cachekit.watched import WatchedCall
-from cachekit.whole import store_prediction, whole_prediction
 
 NO_GRAD = "cachekit computes every step in full while gradients are recorded; sample under torch.no_grad() to reuse"
-
-
-class _Local(threading.local):
-    """What is under way in this thread (a model call never awaits, so that tasks need no call of their own)."""
-
-    call: PlainCall | None = None
-    block: str | None = None
-    module: str | None = None
 
 
 class Engine:
@@ -75,14 +63,14 @@ class Engine:
         self._fresh()
 
     def _fresh(self) -> None:
-        self._local = _Local()
+        self.under_way = UnderWay()
         # Over the statistics and the interceptors, which threads share.
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.lanes = Lanes(self._hold)
         self.peeker = Peeker(functools.partial(self.interceptors.eager, self), self.note)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_local", "_lock", "lanes", "peeker")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("under_way", "lock", "lanes", "peeker")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -97,13 +85,13 @@ class Engine:
 
     def attach(self) -> None:
         """Put interceptors wherever they belong and are not; none any more once the model is unwrapped."""
-        with self._lock:
+        with self.lock:
             if not self.removed:
                 self.interceptors.attach(self, self.adapter, any(site.segment.names for site in self.sites))
 
     def detach(self) -> None:
         """Take the interceptors out again, while other threads may be in the middle of a call."""
-        with self._lock:
+        with self.lock:
             self.removed = True
             self.interceptors.detach()
         self.lanes.reset()
@@ -114,7 +102,7 @@ class Engine:
         Raises:
             ModelError: somebody else's hook lies on one of them; all are back in place then.
         """
-        with self._lock:
+        with self.lock:
             self.interceptors.detach()
             stuck = [patch.module for patch in self.interceptors.patches]
         self.lanes.reset()
@@ -129,43 +117,13 @@ class Engine:
 
     def traced(self) -> None:
         """The model is being compiled whole. Unless its compiled code is what a step runs, nothing will come by here."""
-        if self._local.call is None:
+        if self.under_way.call is None:
             self.note(WHOLE)
-
-    def block(self, path: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A block is called."""
-        local = self._local
-        # A hook that hides what it lies on makes attach() put a second interceptor over it: the first one then has no say.
-        if local.call is None or local.block == path:
-            return original(*args, **kwargs)
-        local.block = path
-        try:
-            return local.call.visit(path, original, args, kwargs)
-        finally:
-            local.block = None
-
-    def module(self, block: str, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module of a block is called."""
-        local = self._local
-        # One that lies in another, or in several blocks, is its own block's, and once.
-        if local.call is None or local.block != block or local.module is not None or self.peeker.peeking:
-            return original(*args, **kwargs)
-        local.module = name
-        try:
-            return local.call.module(name, original, args, kwargs)
-        finally:
-            local.module = None
-
-    def values(self, block: str, name: str, values: Tensor | None) -> None:
-        """A layer within a module of a block has made value vectors."""
-        local = self._local
-        if local.call is not None and (local.block, local.module) == (block, name) and values is not None:
-            local.call.show(values)
 
     def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model is called."""
         lane = self.lanes.current
-        if self.removed or lane.disabled or self._local.call is not None:
+        if self.removed or lane.disabled or self.under_way.call is not None:
             return original(*args, **kwargs)
         inputs = self.reader.read(args, kwargs)
         reason = self._not_cached(inputs, args, kwargs)
@@ -173,7 +131,7 @@ class Engine:
             return self._plain(reason, lane, inputs, original, args, kwargs)
         waits = lane.comparer.waits
         placed = lane.place(inputs, self.adapter.range is not None)
-        with self._lock:
+        with self.lock:
             self.stats.begin(placed.new_generation, placed.doubt, inputs.synchronised + lane.comparer.waits - waits)
         try:
             return self._cached(lane, placed, original, args, kwargs)
@@ -191,17 +149,17 @@ class Engine:
         sites, audited = branch.sites or self.sites, shadow is not None
         decisions = self._decisions(lane, branch, sites, step, audited=audited, auditing=auditing)
         try:
-            ran, result = self._run(decisions, original, args, kwargs)
+            ran, result = Running(self, decisions, original).run((args, kwargs))
         except GraphChanged as change:
-            with self._lock:
+            with self.lock:
                 self.stats.dropped[str(change)] += 1
             branch.drop()
             decisions = self._decisions(lane, branch, self.sites, step, auditing=auditing)
-            ran, result = self._run(decisions, original, args, kwargs)
+            ran, result = Running(self, decisions, original).run((args, kwargs))
         decisions.show_prediction(result)
         decisions.close()
         shares = _shares(ran[0], decisions.shares), _shares(ran[1], decisions.module_shares)
-        with self._lock:
+        with self.lock:
             self.stats.count(Record(branch.i, branch.t, branch.name.text, *ran, *shares), decisions.waits)
         self.lanes.count_bytes(lane)
         if not all(decisions.made.values()):
@@ -224,107 +182,12 @@ class Engine:
         call, found = ShadowCall(decisions), None
         try:
             with shadow.untouched():
-                full = self._under(call, (shadow.args, shadow.kwargs), original)
+                full = self.under_way.run(call, (shadow.args, shadow.kwargs), original)
             found = audit(decisions, call, output, full)
         except Exception as error:
             self.note(f"an audit failed: {type(error).__name__}: {error}")
-        with self._lock:
+        with self.lock:
             self.stats.audit(found, len(call.recomputed))
-
-    def _run(
-        self, decisions: Decisions, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[tuple[bool, ...], tuple[bool, ...]], Any]:
-        """Run one call under these decisions; returns which visits, and which of their modules, ran, and the result."""
-        branch, whole = decisions.branch, decisions.whole
-        under = functools.partial(self._under, original=original)
-        if isinstance(decisions, PassDecisions):
-            ran, result = decisions.run(Run(functools.partial(self._run_all, decisions, original), under), (args, kwargs))
-            if ran is None:
-                return ((False,) * len(branch.blocks or ()), ()), result
-            return self._ran(branch, ran), result
-        if branch.blocks is not None and whole and not decisions.recompute(whole[0]):
-            return ((False,) * len(branch.blocks), ()), whole_prediction(decisions, whole[0])
-        sample = branch.inputs.sample
-        entry = sample.detach().clone() if sample is not None and any(decisions.sites[k].reuse.beta for k in whole) else None
-        part = decisions.part(whole[0]) if branch.blocks is not None and whole else None
-        if part is None:
-            call, result = self._run_all(decisions, original, (args, kwargs))
-        else:
-            call, result = run_part(decisions, whole[0], part, under, (args, kwargs))
-        ran_here = self._ran(branch, call)
-        # Where segments ask for a decision for each block, the watched call has found how many there are.
-        for k in decisions.whole:
-            store_prediction(decisions, k, result, entry)
-        return ran_here, result
-
-    def _ran(self, branch: Branch, call: PlainCall) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        if branch.blocks is not None and call.blocks != branch.blocks:
-            raise GraphChanged("another sequence of blocks")
-        branch.blocks = call.blocks
-        return tuple(call.recomputed), tuple(call.modules)
-
-    def _run_all(self, decisions: Decisions, original: Original, given: Given) -> tuple[PlainCall, Any]:
-        """Run the model on the whole batch; segments of its blocks may be reused, or run for some samples."""
-        branch = decisions.branch
-        trial = None
-        if branch.blocks is None:
-            self.attach()
-            trial = self._trial(decisions, given)
-        call = self._call(decisions, trial)
-        with self.auditor.watching(self.model, not isinstance(call, KnownCall)):
-            result = self._under(call, given, original)
-        if self.auditor.writes:
-            self.note(WRITES)
-        if isinstance(call, KnownCall):
-            call.finish()
-        elif isinstance(call, WatchedCall) and not self.removed:
-            self._close(call)
-        if trial is not None and not self.removed:
-            self._try(trial, branch, call, result, original)
-        return call, result
-
-    def _trial(self, decisions: Decisions, given: Given) -> Trial | None:
-        if isinstance(decisions, BatchedPasses):
-            return None if decisions.sampled is None else Trial(decisions.sampled, self.sites, given, decisions.cond)
-        return Trial(decisions.sampled, self.sites, given) if isinstance(decisions, SampleDecisions) else None
-
-    def _call(self, decisions: Decisions, trial: Trial | None) -> PlainCall:
-        """What the blocks of a call go through."""
-        branch = decisions.branch
-        if branch.graph is not None and branch.layout is not None:
-            return known_call(branch.graph, branch.layout, decisions)
-        # The whole prediction asks nothing of the blocks.
-        if all(site.segment.is_model for site in self.sites):
-            return PlainCall()
-        given = decisions, self.adapter, self.interceptors
-        return WatchedCall(*given) if trial is None else MeasuredCall(*given, part=trial.part)
-
-    def _try(self, trial: Trial, branch: Branch, call: PlainCall, result: Any, original: Original) -> None:
-        """Find out how a part of the batch can be run."""
-        reason = trial.run(branch, call, result, functools.partial(self._under, original=original))
-        if reason is not None:
-            self.note(f"one decision for a whole batch: {reason}")
-        with self._lock:
-            self.stats.tried(len(trial.alone.recomputed), len(trial.alone.modules), trial.part.share, trial.waits)
-
-    def _close(self, call: WatchedCall) -> None:
-        """Note what the first call of a branch shows of the model."""
-        call.close()
-        if not call.recomputed:
-            self.note(WHOLE)
-        branch = call.decisions.branch
-        if branch.graph is not None and branch.layout is not None:
-            self.stats.notes.update(branch.layout.notes(branch.graph, branch.sites))
-            self.stats.notes.update(self.interceptors.notes(branch.graph))
-            self.stats.notes.update(refresh.notes(branch.graph, branch.layout, branch.sites))
-
-    def _under(self, call: PlainCall, given: Given, original: Original) -> Any:
-        self._local.call = call
-        args, kwargs = given
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._local.call = None
 
     def _plain(
         self, reason: str, lane: Lane, inputs: Inputs, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -332,9 +195,9 @@ class Engine:
         """Run one call in full, count it, and leave nothing that a later step could take for its predecessor's."""
         self.lanes.empty(lane)
         call = PlainCall()
-        result = self._under(call, (args, kwargs), original)
+        result = self.under_way.run(call, (args, kwargs), original)
         t = float("nan") if inputs.t is None else inputs.t
-        with self._lock:
+        with self.lock:
             self.stats.uncached[reason] += 1
             self.stats.count(Record(0, t, lane.name.text, tuple(call.recomputed), tuple(call.modules)), inputs.synchronised)
         return result

@@ -11,7 +11,8 @@ from torch import nn
 
 from cachekit.adapter import Adapter
 from cachekit.errors import ConfigError
-from cachekit.policy import Policy, Preset, Step
+from cachekit.policy import Policy, Step
+from cachekit.preset import Preset
 
 T = TypeVar("T")
 

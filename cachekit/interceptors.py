@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cachekit.adapter import Adapter
 from cachekit.blocks import find_blocks
@@ -17,6 +17,7 @@ from cachekit.inside import ATTENTION, CROSS, MLP, Role, find_modules
 from cachekit.patch import Patch
 from cachekit.peek import Peeker, intercept_look
 from cachekit.session import Name
+from cachekit.under_way import UnderWay
 from cachekit.values import Projection, projections
 
 Original = Callable[..., Any]
@@ -40,16 +41,11 @@ class Intercepted(Protocol):
     model: nn.Module
     removed: bool
     peeker: Peeker
+    under_way: UnderWay
     looks_inside: bool
     measures: bool
 
     def step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-
-    def block(self, path: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-
-    def module(self, block: str, name: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-
-    def values(self, block: str, name: str, values: Tensor | None) -> None: ...
 
     def named(self, name: Name) -> AbstractContextManager[None]: ...
 
@@ -170,14 +166,14 @@ def intercept_block(engine: Intercepted, path: str, original: Original, *args: A
     """Stands in the place of a block's forward, or before its compiled code."""
     if torch.compiler.is_compiling():
         return original(*args, **kwargs)
-    return engine.block(path, original, args, kwargs)
+    return engine.under_way.run_block(path, original, args, kwargs)
 
 
 def intercept_module(engine: Intercepted, block: str, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
     """Stands in the place of the forward of a module within a block, or before its compiled code."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or engine.peeker.peeking:
         return original(*args, **kwargs)
-    return engine.module(block, name, original, args, kwargs)
+    return engine.under_way.run_module(block, name, original, args, kwargs)
 
 
 def intercept_values(
@@ -186,7 +182,7 @@ def intercept_values(
     """Stands in the place of the forward of a layer that makes value vectors, within a module of a block."""
     result = original(*args, **kwargs)
     if not torch.compiler.is_compiling():
-        engine.values(block, name, projection.values(result))
+        engine.under_way.show(block, name, projection.values(result))
     return result
 
 

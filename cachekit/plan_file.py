@@ -14,7 +14,7 @@ from cachekit.adapter import Adapter
 from cachekit.errors import ConfigError
 from cachekit.for_model import ForModel
 from cachekit.policies.planned import planned
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 from cachekit.reuse import Forecast, Reuse, parse_reuse
 from cachekit.segments import Segment, parse_segments
 

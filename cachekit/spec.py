@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from cachekit.errors import ConfigError
-from cachekit.policy import Policy, Preset
+from cachekit.policy import Policy
+from cachekit.preset import Preset
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
 _LEAF = re.compile(rf"(?P<name>[A-Za-z][A-Za-z0-9-]*?)-?(?P<numbers>{_NUMBER}(?:-{_NUMBER})*)?")

@@ -14,7 +14,7 @@ from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
 from cachekit.for_model import bound
 from cachekit.interceptors import owner_of
-from cachekit.policy import Preset, settled
+from cachekit.preset import Preset, settled
 from cachekit.refresh import check, refreshes
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, parse_segments

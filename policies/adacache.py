@@ -11,7 +11,8 @@ from pydantic import PositiveFloat, PositiveInt, validate_call
 from pydantic.dataclasses import dataclass
 
 from cachekit.errors import ConfigError
-from cachekit.policy import STRICT, Policy, Preset, Step
+from cachekit.policy import STRICT, Policy, Step
+from cachekit.preset import Preset
 
 # The authors' for 100 steps.
 CODEBOOK: Mapping[float, int] = MappingProxyType({0.03: 12, 0.05: 10, 0.07: 8, 0.09: 6, 0.11: 4, 1.0: 3})

@@ -22,7 +22,7 @@ from cachekit.policies.front_change import front_change
 from cachekit.policies.magcache import magcache
 from cachekit.policies.smoothcache import smoothcache
 from cachekit.policies.teacache import teacache
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 
 @dataclass(frozen=True)

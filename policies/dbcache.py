@@ -7,7 +7,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, validate_cal
 from cachekit.policies.at_most import at_most
 from cachekit.policies.first import first
 from cachekit.policies.front_change import front_change
-from cachekit.policy import Policy, Preset
+from cachekit.policy import Policy
+from cachekit.preset import Preset
 from cachekit.segments import Segment
 
 

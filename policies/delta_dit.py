@@ -14,7 +14,8 @@ from cachekit.blocks import find_blocks
 from cachekit.errors import ConfigError
 from cachekit.for_model import ForModel
 from cachekit.policies.every import every
-from cachekit.policy import STRICT, Policy, Preset, Step
+from cachekit.policy import STRICT, Policy, Step
+from cachekit.preset import Preset
 from cachekit.segments import Segment
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -10,7 +10,8 @@ from pydantic.dataclasses import dataclass
 
 from cachekit.policies.first import first
 from cachekit.policies.last import last
-from cachekit.policy import STRICT, Policy, Preset, Step
+from cachekit.policy import STRICT, Policy, Step
+from cachekit.preset import Preset
 from cachekit.signals import Signal
 
 STEPPED = Signal("sample", since="step")

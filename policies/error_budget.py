@@ -9,7 +9,8 @@ from pydantic import PositiveFloat, validate_call
 from pydantic.dataclasses import dataclass as validated
 
 from cachekit.amplification import Amplification, length
-from cachekit.policy import STRICT, Policy, Preset, Step
+from cachekit.policy import STRICT, Policy, Step
+from cachekit.preset import Preset
 from cachekit.reuse import Forecast
 
 # Above all that was measured on the shipped model, where DDIM and DPM-Solver++(2M) agree (docs/error-budget.md).

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, valid
 from cachekit.policies.pab import broadcast
 from cachekit.policies.reuses.frequencies import Frequencies
 from cachekit.policies.reuses.mix import Mix
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 from cachekit.segments import Segment
 
 Close = Annotated[float, Field(ge=-1)]

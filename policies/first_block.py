@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import NonNegativeFloat, validate_call
 
 from cachekit.policies.change import change
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 
 @validate_call

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cachekit.errors import ConfigError
 from cachekit.policies.scheduled import scheduled
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 
 @validate_call

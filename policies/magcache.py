@@ -8,7 +8,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, val
 from pydantic.dataclasses import dataclass
 
 from cachekit.policies.reuses.scale import Scale
-from cachekit.policy import STRICT, Policy, Preset, Step
+from cachekit.policy import STRICT, Policy, Step
+from cachekit.preset import Preset
 
 
 @dataclass(frozen=True)

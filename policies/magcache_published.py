@@ -15,7 +15,7 @@ from cachekit.adapter import Adapter
 from cachekit.errors import ConfigError
 from cachekit.for_model import ForModel, by_class
 from cachekit.policies.magcache import magcache
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, validate_call
 from pydantic.dataclasses import dataclass
 
 from cachekit.errors import ConfigError
-from cachekit.policy import STRICT, Policy, Preset, Step
+from cachekit.policy import STRICT, Policy, Step
+from cachekit.preset import Preset
 from cachekit.segments import Segment
 
 

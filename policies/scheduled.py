@@ -9,7 +9,8 @@ from pydantic import validate_call
 from pydantic.dataclasses import dataclass
 
 from cachekit.errors import ConfigError
-from cachekit.policy import STRICT, Policy, Preset, Step
+from cachekit.policy import STRICT, Policy, Step
+from cachekit.preset import Preset
 from cachekit.segments import Segment
 
 # What published files call the kinds, by diffusers' names of the modules.

@@ -8,7 +8,7 @@ from cachekit.policies.at_most import at_most
 from cachekit.policies.first import first
 from cachekit.policies.last import tail
 from cachekit.policies.moved import moved
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 from cachekit.reuse import Forecast
 
 

@@ -8,7 +8,7 @@ from cachekit.calibration import Calibration, Row
 from cachekit.errors import ConfigError
 from cachekit.policies.every import every
 from cachekit.policies.planned import planned
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 from cachekit.segments import Segment
 
 

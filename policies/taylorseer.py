@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt, validate_call
 from cachekit.policies.at_most import at_most
 from cachekit.policies.first import first
 from cachekit.policies.reuses.taylorseer import TaylorSeer
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 
 @validate_call

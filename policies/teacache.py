@@ -16,7 +16,7 @@ from cachekit.for_model import ForModel, by_class
 from cachekit.policies.accumulated import accumulated
 from cachekit.policies.first import first
 from cachekit.policies.last import last
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 Coefficients = Annotated[tuple[float, ...], Field(min_length=1)]
 

@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt, validate_call
 from cachekit.policies.every import every
 from cachekit.policies.first import first
 from cachekit.policies.since import since
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 from cachekit.segments import Segment
 
 

@@ -6,7 +6,7 @@ from pydantic import PositiveInt, validate_call
 
 from cachekit.policies.every import every
 from cachekit.policies.reuses.tokens import By, Grid, Share, Slope, Tokens
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 
 @validate_call

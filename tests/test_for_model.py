@@ -20,7 +20,8 @@ import cachekit
 from cachekit.for_model import ForModel, by_class
 from cachekit.policies import at_most, every, first, magcache, magcache_published, skip_every
 from cachekit.policies.magcache_published import MEASURED, shifted
-from cachekit.policy import Policy, Preset
+from cachekit.policy import Policy
+from cachekit.preset import Preset
 from cachekit.spec import parse_policy
 
 TIMES = tuple(float(t) for t in range(950, 100, -70))

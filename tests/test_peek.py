@@ -21,7 +21,7 @@ from zoo import CASES, DIT
 import cachekit
 from cachekit import Signal
 from cachekit.policies import accumulated
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 
 @pytest.fixture(autouse=True)

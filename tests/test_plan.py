@@ -15,7 +15,7 @@ from zoo import DIT
 
 import cachekit
 from cachekit.policies import at_most, every, first, last, outside, skip_every, tail
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 FIFTY = tuple(range(980, -1, -20))
 TEN = tuple(range(900, -1, -100))

@@ -21,7 +21,8 @@ from wrapping import Case, cases, handle, stats
 
 import cachekit
 from cachekit.policies import at_most, change, every, first, front_change, last, moved, outside, skip_every, tail
-from cachekit.policy import Policy, Preset, Step
+from cachekit.policy import Policy, Step
+from cachekit.preset import Preset
 
 Trace = tuple[tuple[float, ...], list[float]]
 traces = schedules().flatmap(

@@ -33,7 +33,7 @@ from cachekit.policies import (
 )
 from cachekit.policies.adacache import CODEBOOK
 from cachekit.policies.reuses import Bdf, Hermite, TaylorSeer
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 from cachekit.reuse import Forecast
 
 TIMES = tuple(float(t) for t in range(950, 100, -70))

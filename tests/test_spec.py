@@ -53,7 +53,8 @@ from cachekit.policies.easycache import predicted
 from cachekit.policies.pab import broadcast
 from cachekit.policies.reuses import Bdf, Frequencies, Hermite, Mix, TaylorSeer, Tokens
 from cachekit.policies.speca import verified
-from cachekit.policy import AllOf, AnyOf, Policy, Preset
+from cachekit.policy import AllOf, AnyOf, Policy
+from cachekit.preset import Preset
 from cachekit.reuse import Forecast, parse_reuse
 from cachekit.segments import Segment, Site, parse_segments
 from cachekit.spec import parse_policy

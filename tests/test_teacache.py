@@ -20,7 +20,7 @@ from zoo import DIT, FLUX, HUNYUAN_DIT, HUNYUAN_VIDEO, LATTE, WAN
 import cachekit
 from cachekit.policies import accumulated, first, last, teacache
 from cachekit.policies.teacache import PUBLISHED
-from cachekit.policy import Preset
+from cachekit.preset import Preset
 
 TIMES = tuple(float(t) for t in range(950, 100, -70))
 DEPTH = {DIT: 6, FLUX: 7, HUNYUAN_VIDEO: 7, MOCHI: 5, LATTE: 10}

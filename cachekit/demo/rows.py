@@ -9,7 +9,7 @@ from typing import Any
 
 from cachekit.demo.target import Solver, Target
 from cachekit.errors import ConfigError
-from cachekit.policy import settled
+from cachekit.preset import settled
 from cachekit.reuse import parse_reuse
 from cachekit.segments import parse_segments
 from cachekit.spec import parse_policy
