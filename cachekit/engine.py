@@ -200,6 +200,7 @@ class Engine:
             ran, result = self._run(decisions, original, args, kwargs)
         decisions.show_prediction(result)
         decisions.close()
+        decisions.waits += branch.settle(lane.comparer)
         shares = _shares(ran[0], decisions.shares), _shares(ran[1], decisions.module_shares)
         with self._lock:
             self.stats.count(Record(branch.i, branch.t, branch.name.text, *ran, *shares), decisions.waits)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cachekit.conditions import Condition, conditions
 from cachekit.estimates import Miss
 from cachekit.graph import Graph
 from cachekit.inputs import Inputs
@@ -43,6 +44,7 @@ class Branch:
     name: Name
     inputs: Inputs
     trace: Trace | None
+    conditioning: tuple[Condition, ...] = ()
     i: int = 0
     node: int = 0
     previous_t: float | None = None
@@ -62,6 +64,8 @@ class Branch:
     sampled: Sampled | None = None
     # The first of its generation; and what it returned last, where another branch is rebuilt from that.
     leads: bool = False
+    # Those whose first call had equal arguments, until this one's is over.
+    twins: list[Branch] = field(default_factory=list)
     prediction: dict[Path, Tensor] = field(default_factory=dict)
 
     @property
@@ -81,14 +85,15 @@ class Branch:
             return False
         if name.binding:
             return True
-        ours = self.inputs.conditioning
-        return all(comparer.equal(a, b) for (_, a), (_, b) in zip(ours, inputs.conditioning, strict=True))
+        theirs = (tensor for _, tensor in inputs.conditioning)
+        return all(ours.holds(tensor, comparer) for ours, tensor in zip(self.conditioning, theirs, strict=True))
 
     def move(self, inputs: Inputs) -> None:
         """Go on to the next call."""
         self.i, self.previous_t = self.i + 1, self.t
         self.node += inputs.t != self.t
         self.inputs = inputs
+        self.conditioning = conditions(inputs.conditioning, self.conditioning)
         if self.trace is not None and inputs.sample is not None:
             self.trace = self.trace.advance(inputs.sample)
 
@@ -100,6 +105,24 @@ class Branch:
         self.measured = {}
         if self.sampled is not None:
             self.sampled.drop()
+
+    def settle(self, comparer: Comparer) -> int:
+        """Let twins forget what they stored if the same call has given something else this time; returns device synchronisations.
+
+        It is another pass (attention that was swapped), or the same generation begun again (with other weights), and then the
+        next step's first call can't be told to be either's.
+        """
+        waits = comparer.waits
+        for twin in self.twins:
+            if self.sampled is not None or twin.graph != self.graph or not self._holds_as(twin, comparer):
+                twin.drop()
+        self.twins = []
+        return comparer.waits - waits
+
+    def _holds_as(self, twin: Branch, comparer: Comparer) -> bool:
+        return twin.store.keys() == self.store.keys() and all(
+            comparer.equal(history.entries[0][1], twin.store[key].entries[0][1]) for key, history in self.store.items()
+        )
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +193,7 @@ class Lane:
         # the first one of another that fits as well but has stayed behind (the twin that an aborted run left).
         if (placed := self._same_time(generation, fitting, inputs)) is not None:
             return placed
-        doubt = None
+        doubt, twins = None, []
         for branch in fitting:
             if generation.ahead(branch.t, t):
                 doubt = None if generation.explicit else self._doubt(branch, inputs)
@@ -178,19 +201,29 @@ class Lane:
                     return self._continue(branch, inputs)
                 if doubt == AGAIN:
                     return Placed(self._begin(inputs, None).branch, True, doubt)
-        return Placed(self._branch(generation, inputs), False, doubt)
+            elif not generation.explicit and not self._same_sample(branch, inputs):
+                doubt = self._doubt(branch, inputs)
+            elif not generation.explicit and branch.i == 0 and branch.trace is not None and not branch.trace.ends_in(inputs.sample):
+                twins.append(branch)
+        begun = self._branch(generation, inputs)
+        begun.twins = twins
+        return Placed(begun, False, doubt)
 
     def _same_time(self, generation: Generation, fitting: Sequence[Branch], inputs: Inputs) -> Placed | None:
         rivals = [branch for branch in generation.branches if branch.name == self.name or not self.name.binding]
         here = [branch for branch in rivals if branch.t == inputs.t]
         other_sample = bool(here) and not any(self._same_sample(branch, inputs) for branch in here)
-        if other_sample and not generation.explicit and all(branch.i == 0 for branch in rivals):
+        # Where some have stayed behind, generations take turns.
+        if other_sample and not generation.explicit and all(branch.i == 0 and branch.t == inputs.t for branch in rivals):
             return self._begin(inputs, generation)
         for branch in fitting:
             if branch.t == inputs.t and (branch.name.binding or not self._same_sample(branch, inputs)):
-                if not generation.explicit and other_sample and self._doubt(branch, inputs) == AGAIN:
+                doubt = None if generation.explicit else self._doubt(branch, inputs)
+                if other_sample and doubt == AGAIN:
                     return self._begin(inputs, generation)
-                return self._continue(branch, inputs)
+                # What is unlike it is no second evaluation of its step, but of a generation that begins here.
+                if doubt in (None, AGAIN):
+                    return self._continue(branch, inputs)
         return None
 
     def _begin(self, inputs: Inputs, generation: Generation | None) -> Placed:
@@ -201,7 +234,7 @@ class Lane:
 
     def _branch(self, generation: Generation, inputs: Inputs) -> Branch:
         trace = None if inputs.sample is None else Trace.start(inputs.sample)
-        branch = Branch(self.name, inputs, trace, leads=generation.t is None)
+        branch = Branch(self.name, inputs, trace, conditions(inputs.conditioning), leads=generation.t is None)
         generation.branches.append(branch)
         del generation.branches[:-MOST_BRANCHES]
         generation.t = inputs.t

@@ -62,17 +62,19 @@ class Trace:
     def start(cls, sample: Tensor) -> Trace:
         """A trace of one sample."""
         copy = sample.detach().clone()
-        return cls(copy, copy, sample, _version(sample))
+        return cls(copy, copy, sample, version(sample))
 
     def advance(self, sample: Tensor) -> Trace:
         """The trace with one sample more."""
-        return Trace(self.first, sample.detach().clone(), sample, _version(sample))
+        return Trace(self.first, sample.detach().clone(), sample, version(sample))
+
+    def ends_in(self, sample: Tensor | None) -> bool:
+        """Whether this is the last sample itself."""
+        return sample is self.object and self.version is not None and self.version == version(self.object)
 
     def ends_at(self, sample: Tensor, comparer: Comparer) -> bool:
         """Whether this is the last sample, the same object or an equal one."""
-        if sample is self.object and self.version is not None and self.version == _version(sample):
-            return True
-        return comparer.equal(self.last, sample)
+        return self.ends_in(sample) or comparer.equal(self.last, sample)
 
     def follows(self, sample: Tensor, comparer: Comparer) -> str | None:
         """None where the sample can be this trajectory's next one, else what speaks against it."""
@@ -88,5 +90,6 @@ class Trace:
         return None
 
 
-def _version(tensor: Tensor) -> int | None:
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor has been written into; None under inference mode, where nobody counts."""
     return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,131 @@
+"""Generations of one prompt, where no conditioning tells them apart, and prompts that are written into one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, Shape
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from running import SCHEDULE, assert_equal
+from torch import Tensor, nn
+from wrapping import stats
+from zoo import DIT, PIXART
+
+import cachekit
+from cachekit.policies import every, first
+
+# Whatever is reused here was stored at the first step: values of another generation can't be missed.
+HELD = first(1)
+SHAPE = Shape(batch=1)
+segments = pytest.mark.parametrize("segments", ["middle", "model"])
+
+
+def steps(model: nn.Module, case: Case, times: Sequence[float], seed: int, prompt: Any = None) -> Iterator[Tensor]:
+    """The predictions of a generation; its samples are a seed's, its prompt the same for all."""
+    conditioning = case.conditioning(0, SHAPE) if prompt is None else prompt
+    for t in times:
+        yield case.output(model(**case.inputs(t, 1, seed, conditioning=conditioning, start=SCHEDULE[0]))).clone()
+
+
+def alone(case: Case, times: Sequence[float], seed: int, policy: Any, where: str) -> list[Tensor]:
+    """The same on a model of its own."""
+    return list(steps(cachekit.wrap(case.build(), policy, segments=where), case, times, seed))
+
+
+@torch.no_grad()
+@segments
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_one_prompt_and_other_noise_at_the_timestep_of_the_abort(segments: str, stop: int) -> None:
+    """Image to image, begun where another one was given up: no second evaluation of that step."""
+    model = cachekit.wrap(DIT.build(), HELD, segments=segments)
+    list(islice(steps(model, DIT, SCHEDULE, 1), stop))
+    found = list(steps(model, DIT, SCHEDULE[stop - 1 :], 2))
+    assert_equal(found, alone(DIT, SCHEDULE[stop - 1 :], 2, HELD, segments))
+
+
+@torch.no_grad()
+@segments
+@pytest.mark.parametrize("seeds", [(1, 2), (1, 2, 3)])
+def test_generations_of_one_prompt_that_take_turns(segments: str, seeds: tuple[int, ...]) -> None:
+    """A batch that is sampled in parts, one after the other at each step: each part goes on with its own values."""
+    model = cachekit.wrap(DIT.build(), HELD, segments=segments)
+    found = list(zip(*(steps(model, DIT, SCHEDULE, seed) for seed in seeds), strict=True))
+    for k, seed in enumerate(seeds):
+        # Until another timestep shows that they take turns, all but the last look aborted at once; then they begin anew.
+        begun = 0 if k == len(seeds) - 1 else 1
+        assert_equal([step[k] for step in found][begun:], alone(DIT, SCHEDULE[begun:], seed, HELD, segments))
+
+
+@torch.no_grad()
+@segments
+@pytest.mark.parametrize("times", [1, 2])
+def test_begun_again_after_its_first_step_with_other_weights(segments: str, times: int) -> None:
+    """Given up after one step, another LoRA, the same noise again: nothing of the old weights is left."""
+    model = cachekit.wrap(DIT.build(), HELD, segments=segments)
+    for _ in range(times):
+        next(steps(model, DIT, SCHEDULE, 1))
+    other = DIT.build(seed=5)
+    model.load_state_dict(other.state_dict())
+    found = list(steps(model, DIT, SCHEDULE, 1))
+    seen = list(steps(other, DIT, SCHEDULE, 1))
+    assert_equal(found[:2], seen[:2])
+    expected = list(steps(cachekit.wrap(other, HELD, segments=segments), DIT, SCHEDULE[1:], 1))
+    assert_equal(found[1:], expected)
+
+
+@torch.no_grad()
+@segments
+@pytest.mark.parametrize("write", [lambda a, b: a.copy_(b), lambda a, b: a.zero_().add_(b)], ids=["copied", "added"])
+def test_a_prompt_that_is_written_into_the_tensor_of_the_one_before(segments: str, write: Callable[..., Any]) -> None:
+    """Prompts that change half-way in one static tensor begin a branch, as those in new tensors do."""
+    first_prompt, second = PIXART.conditioning(0, SHAPE), PIXART.conditioning(1, SHAPE)
+    found: list[list[Tensor]] = []
+    for static in (True, False):
+        model = cachekit.wrap(PIXART.build(), every(3), segments=segments)
+        prompt = {**first_prompt, "encoder_hidden_states": first_prompt["encoder_hidden_states"].clone()}
+        outputs: list[Tensor] = []
+        for k, t in enumerate(SCHEDULE):
+            if k == 2 and static:
+                write(prompt["encoder_hidden_states"], second["encoder_hidden_states"])
+            elif k == 2:
+                prompt = {**prompt, "encoder_hidden_states": second["encoder_hidden_states"]}
+            outputs += steps(model, PIXART, (t,), 1, prompt)
+        found.append(outputs)
+    assert_equal(found[0], found[1])
+
+
+@torch.no_grad()
+def test_a_static_tensor_with_the_same_prompt_in_it_goes_on() -> None:
+    """Loops that copy their inputs into static tensors at each step are cached: values tell, not writes."""
+    model, prompt = cachekit.wrap(PIXART.build(), every(3)), PIXART.conditioning(0, SHAPE)
+    for t in SCHEDULE:
+        prompt["encoder_hidden_states"].copy_(prompt["encoder_hidden_states"].clone())
+        list(steps(model, PIXART, (t,), 1, prompt))
+    assert [record.i for record in stats(model).records] == list(range(len(SCHEDULE)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(clip_sample=False), HeunDiscreteScheduler()], ids=["ddim", "heun"])
+def test_samplers_that_take_turns(scheduler: Any) -> None:
+    """Real samplers, of one and of two evaluations a step: two seeds in turn are what each of them is alone."""
+    scheduler.set_timesteps(8)
+    times = scheduler.timesteps.tolist()
+
+    def sampler(model: nn.Module, seed: int) -> Iterator[Tensor]:
+        solver = type(scheduler).from_config(scheduler.config)
+        solver.set_timesteps(8)
+        x = DIT.sample(1000.0, seed, SHAPE) * solver.init_noise_sigma
+        labels = DIT.conditioning(0, SHAPE)
+        for t in solver.timesteps:
+            prediction = model(solver.scale_model_input(x, t), timestep=t[None], **labels).sample[:, :4]
+            yield prediction.clone()
+            x = solver.step(prediction * 0.3, t, x).prev_sample
+
+    model = cachekit.wrap(DIT.build(), every(2))
+    turns = list(zip(sampler(model, 1), sampler(model, 2), strict=True))
+    assert_equal([turn[1] for turn in turns], list(sampler(cachekit.wrap(DIT.build(), every(2)), 2)))
+    assert len(times) == len(turns) and stats(model).blocks_run < 0.8 * stats(model).blocks_total
