@@ -24,6 +24,8 @@ from cachekit.tree import Path
 # A loop that looks like a new branch at every step must not keep a store for each.
 MOST_BRANCHES = 8
 
+LEFT_OUT = "a branch that was left out for more steps than before"
+
 
 # Segment, visit (-1 for the whole prediction), path in the visit's result.
 Key = tuple[int, int, Path]
@@ -64,6 +66,9 @@ class Branch:
     sampled: Sampled | None = None
     # The first of its generation; and what it returned last, where another branch is rebuilt from that.
     leads: bool = False
+    # Of its generation's different timesteps: how many there were at its last call, and the most between two of its calls.
+    met: int = 0
+    stride: int = 1
     # Those whose first call had equal arguments, until this one's is over.
     twins: list[Branch] = field(default_factory=list)
     prediction: dict[Path, Tensor] = field(default_factory=dict)
@@ -140,6 +145,7 @@ class Generation:
         steps: its number of steps, where an explicit session says so.
         explicit: opened by ``session()``: nothing is guessed from the samples.
         rising: time was seen to rise; None until the second step.
+        nodes: number of different timesteps so far.
     """
 
     steps: int | None = None
@@ -147,6 +153,13 @@ class Generation:
     branches: list[Branch] = field(default_factory=list)
     t: float | None = None
     rising: bool | None = None
+    nodes: int = 0
+
+    def reach(self, t: float | None) -> int:
+        """A call at t: how many different timesteps there were, with this one."""
+        self.nodes += t != self.t
+        self.t = t
+        return self.nodes
 
     def ahead(self, before: float, now: float) -> bool:
         """Whether time went on."""
@@ -198,7 +211,7 @@ class Lane:
             if generation.ahead(branch.t, t):
                 doubt = None if generation.explicit else self._doubt(branch, inputs)
                 if doubt is None:
-                    return self._continue(branch, inputs)
+                    return self._continue(generation, branch, inputs)
                 if doubt == AGAIN:
                     return Placed(self._begin(inputs, None).branch, True, doubt)
             elif not generation.explicit and not self._same_sample(branch, inputs):
@@ -223,7 +236,7 @@ class Lane:
                     return self._begin(inputs, generation)
                 # What is unlike it is no second evaluation of its step, but of a generation that begins here.
                 if doubt in (None, AGAIN):
-                    return self._continue(branch, inputs)
+                    return self._continue(generation, branch, inputs)
         return None
 
     def _begin(self, inputs: Inputs, generation: Generation | None) -> Placed:
@@ -237,14 +250,18 @@ class Lane:
         branch = Branch(self.name, inputs, trace, conditions(inputs.conditioning), leads=generation.t is None)
         generation.branches.append(branch)
         del generation.branches[:-MOST_BRANCHES]
-        generation.t = inputs.t
+        branch.met = generation.reach(inputs.t)
         return branch
 
-    def _continue(self, branch: Branch, inputs: Inputs) -> Placed:
+    def _continue(self, generation: Generation, branch: Branch, inputs: Inputs) -> Placed:
         branch.move(inputs)
-        if self.generation is not None:
-            self.generation.t = inputs.t
-        return Placed(branch)
+        left_out, branch.met = generation.reach(inputs.t) - branch.met, generation.nodes
+        if left_out <= branch.stride:
+            return Placed(branch)
+        # Guidance that is on again, a prompt that is back: what is stored is older than any policy takes it for.
+        branch.stride = left_out
+        branch.drop()
+        return Placed(branch, doubt=LEFT_OUT)
 
     def _doubt(self, branch: Branch, inputs: Inputs) -> str | None:
         if branch.trace is None or inputs.sample is None:

@@ -17,6 +17,7 @@ from zoo import DIT, PIXART
 
 import cachekit
 from cachekit.policies import every, first
+from cachekit.session import LEFT_OUT
 
 # Whatever is reused here was stored at the first step: values of another generation can't be missed.
 HELD = first(1)
@@ -129,3 +130,30 @@ def test_samplers_that_take_turns(scheduler: Any) -> None:
     turns = list(zip(sampler(model, 1), sampler(model, 2), strict=True))
     assert_equal([turn[1] for turn in turns], list(sampler(cachekit.wrap(DIT.build(), every(2)), 2)))
     assert len(times) == len(turns) and stats(model).blocks_run < 0.8 * stats(model).blocks_total
+
+
+@torch.no_grad()
+@segments
+@pytest.mark.parametrize("away", [1, 2, 3])
+def test_guidance_that_is_on_again(segments: str, away: int) -> None:
+    """What was stored before a pause is not what a policy takes it for: it counts the steps of its branch alone."""
+    model = cachekit.wrap(DIT.build(), HELD, segments=segments)
+    found: list[Tensor] = []
+    prompts = [DIT.conditioning(seed, SHAPE) for seed in (0, 2)]
+    for k, t in enumerate(SCHEDULE):
+        list(steps(model, DIT, (t,), 1, prompts[0]))
+        if not 1 <= k <= away:
+            found += steps(model, DIT, (t,), 1, prompts[1])
+    back = SCHEDULE[away + 1 :]
+    assert_equal(found[1:], list(steps(cachekit.wrap(DIT.build(), HELD, segments=segments), DIT, back, 1, prompts[1])))
+    assert stats(model).dropped == {LEFT_OUT: 1} and stats(model).generations == 1
+
+
+@torch.no_grad()
+def test_prompts_in_turn_are_cached() -> None:
+    """A branch that has every second step goes on as one of half the steps, once that has shown."""
+    model = cachekit.wrap(DIT.build(), HELD)
+    prompts = [DIT.conditioning(seed, SHAPE) for seed in (0, 2)]
+    for k, t in enumerate(SCHEDULE):
+        list(steps(model, DIT, (t,), 1, prompts[k % 2]))
+    assert [all(record.recomputed) for record in stats(model).records] == [True] * 4 + [False] * (len(SCHEDULE) - 4)
