@@ -14,6 +14,9 @@ UNLIKE = 0.87
 # computed. A fine schedule's first steps turn it by a few 1e-5 and more.
 PARALLEL = 1e-6
 
+# Numbers in a row of the batch from which its own angle tells as much as the whole sample's.
+LONG = 256
+
 AGAIN = "the first sample again, at another timestep"
 
 
@@ -32,16 +35,26 @@ class Comparer:
         self.waits += a.device.type != "cpu"
         return bool(torch.equal(a, b))
 
-    def sines(self, sample: Tensor, others: list[Tensor]) -> list[float]:
-        """For each of the others, the sine of its angle to the sample (over 1 where it points away)."""
-        x = sample.detach().flatten().float()
-        found = []
-        for other in others:
-            y = other.flatten().float()
-            along = torch.dot(x, y) / torch.dot(y, y)
-            found.append(torch.where(along > 0, torch.linalg.vector_norm(x - along * y) / torch.linalg.vector_norm(x), 2.0))
+    def sines(self, sample: Tensor, first: Tensor, last: Tensor) -> tuple[float, float, float]:
+        """The sines of a sample's angles to the first one and to the last one, and of its row that turned most since the last one.
+
+        Over 1 where they point away from each other.
+        """
+        x, y = sample.detach().float(), last.float()
+        apart = [_sines(x.reshape(1, -1), first.float().reshape(1, -1)), _sines(x.reshape(1, -1), y.reshape(1, -1))]
+        rows = sample.size(0) if sample.ndim > 1 and sample.numel() >= LONG * sample.size(0) else 1
+        if rows > 1:
+            apart.append(_sines(x.reshape(rows, -1), y.reshape(rows, -1)).amax(0, keepdim=True))
         self.waits += sample.device.type != "cpu"
-        return [float(value) for value in torch.stack(found).tolist()]
+        whole, since, *most = torch.cat(apart).tolist()
+        return whole, since, max(since, *most) if most else since
+
+
+def _sines(x: Tensor, y: Tensor) -> Tensor:
+    """Of the angle between each row of the two; a row that is the same, all zeros perhaps, has not turned."""
+    along = (x * y).sum(-1) / (y * y).sum(-1)
+    turned = torch.linalg.vector_norm(x - along[:, None] * y, dim=-1) / torch.linalg.vector_norm(x, dim=-1)
+    return torch.where((x == y).all(-1), 0.0, torch.where(along > 0, turned, 2.0))
 
 
 @dataclass(frozen=True)
@@ -80,12 +93,13 @@ class Trace:
         """None where the sample can be this trajectory's next one, else what speaks against it."""
         if not sample.is_floating_point():
             return None
-        first, last = comparer.sines(sample, [self.first, self.last])
+        first, last, most = comparer.sines(sample, self.first, self.last)
         # Scaled and rounded in half precision it comes out further off; then only a sample that has moved on since can tell.
         rounding = torch.finfo(sample.dtype).eps
         if first < PARALLEL or first < rounding < last / 2:
             return AGAIN
-        if last > UNLIKE:
+        # A row that holds another sample now (particles that were drawn again): what is stored for it is the one before's.
+        if most > UNLIKE:
             return "a sample unlike the one before"
         return None
 

@@ -157,3 +157,22 @@ def test_prompts_in_turn_are_cached() -> None:
     for k, t in enumerate(SCHEDULE):
         list(steps(model, DIT, (t,), 1, prompts[k % 2]))
     assert [all(record.recomputed) for record in stats(model).records] == [True] * 4 + [False] * (len(SCHEDULE) - 4)
+
+
+@torch.no_grad()
+@segments
+@pytest.mark.parametrize("rows", [(0, 0, 2, 3), (0, 1, 3, 2), (0, 1, 2, 4)], ids=["drawn again", "swapped", "replaced"])
+def test_rows_of_a_batch_that_hold_other_samples(segments: str, rows: tuple[int, ...]) -> None:
+    """Particles of one prompt that are drawn again half-way: nobody gets what was stored for the one before."""
+    model, shape = cachekit.wrap(DIT.build(), HELD, segments=segments), Shape(batch=5, scale=2)
+    labels = torch.zeros(4, dtype=torch.long)
+
+    def predict(model: Any, t: float, rows: tuple[int, ...]) -> Tensor:
+        x = DIT.sample(t, 1, shape, SCHEDULE[0])[list(rows)]
+        return DIT.output(model(x, timestep=torch.tensor([int(t)]), class_labels=labels)).clone()
+
+    for t in SCHEDULE[:2]:
+        predict(model, t, (0, 1, 2, 3))
+    found = [predict(model, t, rows) for t in SCHEDULE[2:]]
+    alone = cachekit.wrap(DIT.build(), HELD, segments=segments)
+    assert_equal(found, [predict(alone, t, rows) for t in SCHEDULE[2:]])
