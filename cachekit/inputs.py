@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
@@ -81,15 +83,25 @@ class Reader:
             if self.adapter.changes_per_step(name):
                 continue
             for path, leaf in walk(named[name], (name,)):
+                if not isinstance(leaf, Tensor) and hasattr(leaf, "__array__"):
+                    leaf = _read_array(leaf)
                 if isinstance(leaf, Tensor):
                     key.append((path, signature(leaf)))
                     if sample is None:
                         sample = leaf
                     else:
                         conditioning.append((path, leaf))
-                elif isinstance(leaf, bool | int | float | str | torch.dtype):
+                elif isinstance(leaf, Number | str | bytes | Enum | torch.dtype | torch.device):
                     key.append((path, repr(leaf)))
         return sample, conditioning, key
+
+
+def _read_array(leaf: Any) -> Any:
+    """An array of another library as a tensor on its memory, a scalar of one as text; what holds no numbers as it is."""
+    try:
+        return torch.as_tensor(leaf) if getattr(leaf, "ndim", 0) else repr(leaf)
+    except (TypeError, ValueError, RuntimeError):
+        return leaf
 
 
 def read_time(value: Any) -> tuple[float | None, bool]:

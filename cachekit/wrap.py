@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 from torch import nn
@@ -63,9 +64,9 @@ class Handle:
             if steps is not None and steps != len(timesteps):
                 raise ConfigError(f"steps={steps}, but there are {len(timesteps)} timesteps; give one of them")
             steps = len(timesteps)
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1):
             raise ConfigError(f"steps={steps!r}: give the number of model calls of one branch, a whole number of at least one step")
-        return self._engine.lanes.within(Generation(steps, explicit=True))
+        return self._engine.lanes.within(Generation(None if steps is None else int(steps), explicit=True))
 
     def branch(self, name: str) -> AbstractContextManager[None]:
         """Calls within are of the CFG branch of this name, whatever their conditioning."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from drawing import NO_GLUE, runs
@@ -19,7 +20,8 @@ from wrapping import Case, cases, handle, identical, snapshot, stats
 
 import cachekit
 from cachekit import Adapter, ConfigError, Forecast, ModelError, Policy, Segment
-from cachekit.policies import change
+from cachekit.policies import change, every, first
+from cachekit.policy import Step
 
 FOUR = StackSpec(depth=4, order=(0, 1, 2, 3), glue=NO_GLUE)
 RUN = Run((900.0, 500.0, 100.0))
@@ -248,6 +250,8 @@ def test_sessions_that_cannot_be(wrong: dict[str, Any]) -> None:
         pass
     with handle(model).session(steps=3, timesteps=RUN.times):
         RUN.outputs(model)
+    with handle(model).session(steps=np.int64(3)):
+        RUN.outputs(model)
 
 
 class Undecided(Policy[None]):
@@ -260,6 +264,25 @@ def test_a_policy_without_decide() -> None:
     with pytest.raises(NotImplementedError, match=r"Undecided must define decide\(self, state, step\) -> bool"):
         RUN.outputs(model)
     assert stats(model).bytes_held == 0
+
+
+class Forgetful(Policy[None]):
+    """A policy whose ``decide`` lacks a return."""
+
+    def decide(self, state: None, step: Step) -> bool:
+        """None at every step."""
+        return cast(bool, None)
+
+
+@pytest.mark.parametrize("policy", [Forgetful(), Forgetful() | first(1), every(2) & Forgetful()], ids=["alone", "or", "and"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_decision_that_is_none(policy: Policy[Any], per_sample: bool) -> None:
+    """It would pass for a reuse at every step."""
+    with refused(ConfigError, "Forgetful.decide(state, step) returned None; return True to recompute"):
+        cachekit.plan(policy, RUN.times)
+    model = cachekit.wrap(build(FOUR), policy, reuse="output", per_sample=per_sample)
+    with refused(ConfigError, "returned None"):
+        RUN.outputs(model)
 
 
 @pytest.mark.parametrize(
