@@ -30,6 +30,6 @@ class Condition:
 
 
 def conditions(found: Sequence[tuple[Path, Tensor]], before: Sequence[Condition] = ()) -> tuple[Condition, ...]:
-    """Those of one call; ``before`` are the same branch's at its last call, which hold the same values."""
+    """Those of one call; ``before`` are the same branch's at its last call, if they hold the same values."""
     copies = [condition.values for condition in before] or [tensor.detach().clone() for _, tensor in found]
     return tuple(Condition(copy, tensor, version(tensor)) for copy, (_, tensor) in zip(copies, found, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cachekit import refresh
 from cachekit.adapter import Adapter
+from cachekit.again import Again
 from cachekit.alone import MeasuredCall
 from cachekit.audit import WRITES, Auditor, Shadow, ShadowCall, audit
 from cachekit.call import Given, GraphChanged, KnownCall, Original, PlainCall
@@ -190,11 +191,13 @@ class Engine:
         shadow, auditing = self.auditor.shadow(self.model, branch, args, kwargs), self.auditor.on
         sites, audited = branch.sites or self.sites, shadow is not None
         decisions = self._decisions(lane, branch, sites, step, audited=audited, auditing=auditing)
+        again = Again(args, kwargs)
         try:
             ran, result = self._run(decisions, original, args, kwargs)
         except GraphChanged as change:
             with self._lock:
                 self.stats.dropped[str(change)] += 1
+            again.restore(branch.kept)
             branch.drop()
             decisions = self._decisions(lane, branch, self.sites, step, auditing=auditing)
             ran, result = self._run(decisions, original, args, kwargs)

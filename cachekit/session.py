@@ -98,9 +98,16 @@ class Branch:
         self.i, self.previous_t = self.i + 1, self.t
         self.node += inputs.t != self.t
         self.inputs = inputs
-        self.conditioning = conditions(inputs.conditioning, self.conditioning)
+        self.conditioning = conditions(inputs.conditioning, () if self.name.binding else self.conditioning)
         if self.trace is not None and inputs.sample is not None:
             self.trace = self.trace.advance(inputs.sample)
+
+    @property
+    def kept(self) -> list[tuple[Tensor, Tensor, int | None]]:
+        """The last call's sample and conditioning, each with a copy and how often it had been written into before."""
+        conditioning = [(kept.object, kept.values, kept.version) for kept in self.conditioning]
+        sample = [] if self.trace is None else [(self.trace.object, self.trace.last, self.trace.version)]
+        return [*sample, *conditioning]
 
     def drop(self) -> None:
         """Forget the graph and everything stored; the next call is a full one."""

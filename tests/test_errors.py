@@ -250,7 +250,7 @@ def test_sessions_that_cannot_be(wrong: dict[str, Any]) -> None:
         pass
     with handle(model).session(steps=3, timesteps=RUN.times):
         RUN.outputs(model)
-    with handle(model).session(steps=np.int64(3)):
+    with handle(model).session(steps=cast(int, np.int64(3))):
         RUN.outputs(model)
 
 
