@@ -24,7 +24,7 @@ class Inputs:
 
     Attributes:
         t: timestep in the scheduler's units; None where the batch mixes several.
-        sample: the noisy sample.
+        sample: the noisy sample; where an argument is a list of several, all of them, stacked or one behind the other in one row.
         conditioning: every other tensor with its path, but for the timestep and what is new at every step.
         key: signatures of all of them and the plain values (numbers, strings, flags) beside them.
         synchronised: whether reading t had to wait for a device.
@@ -75,9 +75,10 @@ class Reader:
     def _conditioning(
         self, named: dict[str, Any]
     ) -> tuple[Tensor | None, list[tuple[Path, Tensor]], list[tuple[Path, Signature | str]]]:
-        sample: Tensor | None = None
+        samples: list[Tensor] = []
         conditioning: list[tuple[Path, Tensor]] = []
         key: list[tuple[Path, Signature | str]] = []
+        first: str | None = None
         order = sorted(named, key=lambda name: self.positional.index(name) if name in self.positional else len(self.positional))
         for name in order:
             if self.adapter.changes_per_step(name):
@@ -87,13 +88,26 @@ class Reader:
                     leaf = _read_array(leaf)
                 if isinstance(leaf, Tensor):
                     key.append((path, signature(leaf)))
-                    if sample is None:
-                        sample = leaf
+                    if not samples or (name == first and isinstance(named[name], list) and _alike(leaf, samples[0])):
+                        samples, first = [*samples, leaf], name
                     else:
                         conditioning.append((path, leaf))
                 elif isinstance(leaf, Number | str | bytes | Enum | torch.dtype | torch.device):
                     key.append((path, repr(leaf)))
-        return sample, conditioning, key
+        return _together(samples), conditioning, key
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the two can be samples of one batch, of different sizes perhaps."""
+    return a.is_floating_point() and a.ndim == b.ndim and a.shape[:1] == b.shape[:1] and (a.dtype, a.device) == (b.dtype, b.device)
+
+
+def _together(samples: list[Tensor]) -> Tensor | None:
+    if len(samples) < 2:
+        return samples[0] if samples else None
+    if len({sample.shape for sample in samples}) == 1:
+        return torch.stack(samples)
+    return torch.cat([sample.flatten() for sample in samples])[None]
 
 
 def _read_array(leaf: Any) -> Any:

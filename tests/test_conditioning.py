@@ -1,4 +1,4 @@
-"""What conditions a call in other forms than tensors: numbers and arrays of numpy, enumerations, bytes."""
+"""Calls in other forms than a tensor for each argument: numbers and arrays of numpy, enumerations, bytes, lists of samples."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 from wrapping import stats
 
 import cachekit
-from cachekit.policies import first
+from cachekit import ConfigError
+from cachekit.policies import every, first
 
 
 class Mode(Enum):
@@ -36,6 +38,21 @@ class Conditioned(nn.Module):
             x = block(x)
         value = given.value if isinstance(given, Enum) else given[0] if isinstance(given, bytes) else np.sum(np.asarray(given))
         return x * 0 + float(value)
+
+
+class Listed(nn.Module):
+    """Two blocks on each of a list of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x: list[Tensor], t: float) -> list[Tensor]:
+        """x: of (B, 8)."""
+        stacked = torch.stack(x)
+        for block in self.blocks:
+            stacked = block(stacked)
+        return list(stacked)
 
 
 FORMS: list[Callable[[int], Any]] = [
@@ -70,3 +87,49 @@ def test_an_array_that_is_written_into_is_seen() -> None:
         given[0] = k >= 2
         found.append(float(model(x + 0.01 * k, 900.0 - 100 * k, given).mean()))
     assert found == [0.0, 0.0, 1.0, 1.0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(8,), (8, 8), (8, 12)])
+def test_samples_in_a_list(sizes: tuple[int, ...]) -> None:
+    """Z-Image takes a list of samples, of different sizes if need be: none of them is what conditions the others."""
+    model: Any = ZImageTransformer2DModel(
+        dim=64,
+        n_layers=4,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=16,
+        in_channels=4,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 32, 32],
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randn(5, 16, generator=generator) for _ in sizes]
+
+    def sample(model: Any) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(1)
+        xs = [torch.randn(4, 1, size, size, generator=draw) for size in sizes]
+        # Its pipeline passes (1000 - t) / 1000.
+        for k in range(6):
+            predictions = model(xs, torch.full((len(sizes),), 0.1 + 0.1 * k), prompts, return_dict=False)[0]
+            xs = [x - 0.1 * prediction for x, prediction in zip(xs, predictions, strict=True)]
+        return xs
+
+    full = sample(model)
+    for policy in (every(1), every(2)):
+        cachekit.wrap(model, policy)
+        found = sample(model)
+        assert stats(model).generations == 1
+        assert [record.i for record in stats(model).records] == list(range(6))
+        assert [torch.equal(a, b) for a, b in zip(found, full, strict=True)] == [policy == every(1)] * len(sizes)
+    sample(model)
+    assert stats(model).generations == 2
+
+
+@torch.no_grad()
+def test_a_list_of_samples_has_no_residual_of_one() -> None:
+    """What the first sample changed is nothing to the second one's prediction."""
+    model = cachekit.wrap(Listed().eval(), every(2), segments="model", reuse="residual")
+    with pytest.raises(ConfigError, match="a residual of the whole prediction needs one of the sample's shape"):
+        model([torch.randn(2, 8), torch.randn(2, 8)], 900.0)
