@@ -167,6 +167,8 @@ class Engine:
         """The model is called."""
         lane = self.lanes.current
         if self.removed or lane.disabled or self._local.call is not None:
+            if lane.disabled and lane.under_way and not self.removed and self._local.call is None:
+                lane.pass_by(self.reader.time(args, kwargs))
             return original(*args, **kwargs)
         inputs = self.reader.read(args, kwargs)
         reason = self._not_cached(inputs, args, kwargs)

@@ -54,9 +54,7 @@ class Reader:
         Raises:
             ModelError: no timestep argument can be found in it.
         """
-        named = {self.positional[k] if k < len(self.positional) else str(k): value for k, value in enumerate(args)}
-        named.update(kwargs)
-        name = self.timestep or next((known for known in TIMESTEP_NAMES if known in named), None)
+        named, name = self._named(args, kwargs)
         if name is None:
             raise ModelError(
                 f"no timestep among the arguments {sorted(named)}; say which one it is: adapter=cachekit.Adapter(timestep='...')"
@@ -71,6 +69,18 @@ class Reader:
         sample, conditioning, key = self._conditioning(named)
         scaled = None if t is None else self.adapter.scheduler_time(t)
         return Inputs(scaled, sample, tuple(conditioning), tuple(key), synchronised)
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """Each argument by its name, and the name of the timestep."""
+        named = {self.positional[k] if k < len(self.positional) else str(k): value for k, value in enumerate(args)}
+        named.update(kwargs)
+        return named, self.timestep or next((known for known in TIMESTEP_NAMES if known in named), None)
+
+    def time(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+        """The timestep alone, in the scheduler's units; None where there is none, or several."""
+        named, name = self._named(args, kwargs)
+        t = None if name is None or named.get(name) is None else read_time(named[name])[0]
+        return None if t is None else self.adapter.scheduler_time(t)
 
     def _conditioning(
         self, named: dict[str, Any]

@@ -152,7 +152,7 @@ class Generation:
         steps: its number of steps, where an explicit session says so.
         explicit: opened by ``session()``: nothing is guessed from the samples.
         rising: time was seen to rise; None until the second step.
-        nodes: number of different timesteps so far.
+        nodes, passed: number of different timesteps so far, and those at which nothing was seen before anything else was.
     """
 
     steps: int | None = None
@@ -161,12 +161,19 @@ class Generation:
     t: float | None = None
     rising: bool | None = None
     nodes: int = 0
+    passed: set[float] = field(default_factory=set)
 
     def reach(self, t: float | None) -> int:
         """A call at t: how many different timesteps there were, with this one."""
-        self.nodes += t != self.t
+        self.nodes += t != self.t and t not in self.passed
         self.t = t
         return self.nodes
+
+    def pass_by(self, t: float) -> None:
+        """A step at t of which nothing was seen."""
+        if self.t is not None and self.ahead(self.t, t) and t not in self.passed:
+            self.passed.add(t)
+            self.nodes += 1
 
     def ahead(self, before: float, now: float) -> bool:
         """Whether time went on."""
@@ -191,6 +198,16 @@ class Lane:
         self.disabled = 0
         self.nbytes = 0
         self.comparer = Comparer()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether anything of a generation is stored."""
+        return self.generation is not None and bool(self.generation.branches)
+
+    def pass_by(self, t: float | None) -> None:
+        """A call at t is made without the cache: what was left out for it is older than its branch's steps say."""
+        if self.generation is not None and t is not None:
+            self.generation.pass_by(t)
 
     @property
     def name(self) -> Name:

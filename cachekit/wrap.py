@@ -73,7 +73,7 @@ class Handle:
         return self._engine.lanes.named(Name(name, binding=True))
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Calls within run as if the model were not wrapped; what is stored stays."""
+        """Calls within run as if the model were not wrapped; what is stored stays, until steps are missed for it."""
         return self._engine.lanes.disabled()
 
     def remove(self) -> None:

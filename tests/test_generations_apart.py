@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from cases import Case, Shape
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from running import SCHEDULE, assert_equal
 from torch import Tensor, nn
-from wrapping import stats
+from wrapping import handle, stats
 from zoo import DIT, PIXART
 
 import cachekit
@@ -176,3 +177,33 @@ def test_rows_of_a_batch_that_hold_other_samples(segments: str, rows: tuple[int,
     found = [predict(model, t, rows) for t in SCHEDULE[2:]]
     alone = cachekit.wrap(DIT.build(), HELD, segments=segments)
     assert_equal(found, [predict(alone, t, rows) for t in SCHEDULE[2:]])
+
+
+@torch.no_grad()
+@segments
+@pytest.mark.parametrize("explicit", [False, True])
+def test_steps_without_the_cache_are_missed(segments: str, explicit: bool) -> None:
+    """Switched off for three steps, it begins with a full step; asked beside each cached step, it is none the wiser."""
+    model, prompt = cachekit.wrap(DIT.build(), HELD, segments=segments), DIT.conditioning(0, SHAPE)
+    plain = list(steps(DIT.build(), DIT, SCHEDULE, 1))
+    expected = alone(DIT, SCHEDULE, 1, HELD, segments)
+
+    def off(t: float) -> Tensor:
+        with handle(model).disabled():
+            return next(steps(model, DIT, (t,), 1, prompt))
+
+    with handle(model).session() if explicit else nullcontext():
+        found = [off(t) if 2 <= k < 5 else next(steps(model, DIT, (t,), 1, prompt)) for k, t in enumerate(SCHEDULE)]
+    assert_equal(found[:2], expected[:2])
+    assert_equal(found[2:6], plain[2:6])
+    for before in (True, False):
+        handle(model).reset()
+        found = []
+        with handle(model).session() if explicit else nullcontext():
+            for t in SCHEDULE:
+                if before:
+                    off(t)
+                found.append(next(steps(model, DIT, (t,), 1, prompt)))
+                if not before:
+                    off(t)
+        assert_equal(found, expected)
