@@ -24,6 +24,7 @@ from cachekit.tree import Path
 # A loop that looks like a new branch at every step must not keep a store for each.
 MOST_BRANCHES = 8
 
+NEW_ARGUMENTS = "arguments that no branch had before"
 LEFT_OUT = "a branch that was left out for more steps than before"
 
 
@@ -242,6 +243,8 @@ class Lane:
                 doubt = self._doubt(branch, inputs)
             elif not generation.explicit and branch.i == 0 and branch.trace is not None and not branch.trace.ends_in(inputs.sample):
                 twins.append(branch)
+        if not fitting and t != generation.t and any(branch.name == self.name for branch in generation.branches):
+            doubt = NEW_ARGUMENTS
         begun = self._branch(generation, inputs)
         begun.twins = twins
         return Placed(begun, False, doubt)

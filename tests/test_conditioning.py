@@ -16,6 +16,7 @@ from wrapping import stats
 import cachekit
 from cachekit import ConfigError
 from cachekit.policies import every, first
+from cachekit.session import NEW_ARGUMENTS
 
 
 class Mode(Enum):
@@ -133,3 +134,15 @@ def test_a_list_of_samples_has_no_residual_of_one() -> None:
     model = cachekit.wrap(Listed().eval(), every(2), segments="model", reuse="residual")
     with pytest.raises(ConfigError, match="a residual of the whole prediction needs one of the sample's shape"):
         model([torch.randn(2, 8), torch.randn(2, 8)], 900.0)
+
+
+@torch.no_grad()
+def test_what_is_new_at_every_step_is_said() -> None:
+    """Nothing is cached then, until an adapter says that it conditions nothing."""
+    adapter = cachekit.Adapter(per_step=("given",))
+    for facts, ran in ((None, [True] * 4), (adapter, [True, False, False, False])):
+        model, x = cachekit.wrap(Conditioned().eval(), first(1), segments="model", adapter=facts), torch.randn(2, 8)
+        for k in range(4):
+            model(x + 0.01 * k, 900.0 - 100 * k, 1.0 + k)
+        assert [all(record.recomputed) for record in stats(model).records] == ran
+        assert stats(model).dropped == ({} if facts else {NEW_ARGUMENTS: 3}) and stats(model).generations == 1
