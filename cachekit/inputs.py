@@ -129,9 +129,19 @@ def _read_array(leaf: Any) -> Any:
 
 
 def read_time(value: Any) -> tuple[float | None, bool]:
-    """A timestep argument as one number, or None where it holds several; and whether a device had to be waited for."""
+    """A timestep argument as one number, or None where it holds several; and whether a device had to be waited for.
+
+    Raises:
+        ModelError: it holds something else than numbers.
+    """
     if not isinstance(value, Tensor):
-        return float(value), False
+        try:
+            value = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"the timestep argument is {value!r}, and no number, list, array or tensor of numbers; name another one: "
+                "adapter=cachekit.Adapter(timestep='...')"
+            ) from error
     # An expanded scalar, as pipelines pass it, is one number however large the batch.
     flat = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
     numbers = flat.reshape(-1).tolist()

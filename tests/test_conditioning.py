@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wrapping import stats
 
 import cachekit
-from cachekit import ConfigError
+from cachekit import ConfigError, ModelError
 from cachekit.policies import every, first
 from cachekit.session import NEW_ARGUMENTS
 
@@ -146,3 +146,26 @@ def test_what_is_new_at_every_step_is_said() -> None:
             model(x + 0.01 * k, 900.0 - 100 * k, 1.0 + k)
         assert [all(record.recomputed) for record in stats(model).records] == ran
         assert stats(model).dropped == ({} if facts else {NEW_ARGUMENTS: 3}) and stats(model).generations == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "form", [np.float32, np.array, lambda t: np.array([t, t]), lambda t: [t, t], lambda t: [torch.tensor(t)] * 2, lambda t: (t,)]
+)
+def test_timesteps_in_any_form(form: Callable[[float], Any]) -> None:
+    """Lists and arrays of one number are that number; of several they are mixed timesteps."""
+    model, x = cachekit.wrap(Conditioned().eval(), first(1), segments="model"), torch.randn(2, 8)
+    for k in range(3):
+        model(x + 0.01 * k, form(900.0 - 100 * k), 0)
+    assert [(record.t, any(record.recomputed)) for record in stats(model).records] == [(900, True), (800, False), (700, False)]
+    model(x, [3.0, 4.0], 0)
+    assert stats(model).uncached == {"mixed timesteps in one batch": 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", ["late", [None], {"t": 3.0}])
+def test_a_timestep_that_is_no_number(wrong: Any) -> None:
+    """What was read as the timestep is shown, with what to write."""
+    model = cachekit.wrap(Conditioned().eval(), first(1), segments="model")
+    with pytest.raises(ModelError, match=r"the timestep argument is .*, and no number, .*adapter=cachekit.Adapter"):
+        model(torch.randn(2, 8), wrong, 0)
