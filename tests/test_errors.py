@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -298,3 +299,38 @@ def test_forecasts_refuse_numbers_that_make_no_sense(make: Callable[[], Forecast
     """By pydantic, as policies do."""
     with pytest.raises(ValueError, match="Input should be"):
         make()
+
+
+@dataclass(frozen=True)
+class Own:
+    """A reuse as users write it; ``returns`` is what its weights are at every time."""
+
+    returns: Any = (1.0,)
+    length: Any = 1
+    beta: float = 0.0
+
+    def time(self, step: Step) -> float:
+        """The timestep."""
+        return step.t
+
+    def weights(self, times: Any, t: float) -> Any:
+        """The same ones always."""
+        return self.returns
+
+
+@pytest.mark.parametrize("wrong", [Own(length=0), Own(length=1.5), Own(beta=float("nan")), Own(beta=float("inf"))], ids=str)
+def test_reuses_that_cannot_be(wrong: Own) -> None:
+    """What wrap can see of them it refuses."""
+    with refused(ConfigError, "Own("):
+        cachekit.wrap(build(FOUR), "every-2", reuse=wrong)
+
+
+@pytest.mark.parametrize("returns", [None, (), (float("nan"),), (float("inf"), 1.0)], ids=str)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_weights_that_cannot_be(returns: Any, per_sample: bool) -> None:
+    """They would make zeros of a value, or no numbers, in silence."""
+    model = cachekit.wrap(build(FOUR), "every-2", reuse=Own(returns), per_sample=per_sample)
+    with refused(ConfigError, "return a finite number for each time, newest first"):
+        RUN.outputs(model)
+    fine = cachekit.wrap(build(FOUR), "every-2", reuse=Own(np.ones(1)), per_sample=per_sample)
+    assert equal(RUN.outputs(fine), RUN.outputs(cachekit.wrap(build(FOUR), "every-2", per_sample=per_sample)))
