@@ -203,7 +203,8 @@ def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: 
         chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
         site = Site(segment, own.policy, parse_reuse(settled(chosen)))
         check(site)
-        for of in sorted(INSIDE & {signal.of for signal in site.signals} if segment.is_model else ()):
+        looked_at = {signal.of for signal in site.signals}
+        for of in sorted(INSIDE & looked_at if segment.is_model else ()):
             raise ConfigError(LACKING[of])
         made.append(site)
     if sum(site.segment.is_model for site in made) > 1:

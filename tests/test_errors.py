@@ -334,3 +334,36 @@ def test_weights_that_cannot_be(returns: Any, per_sample: bool) -> None:
         RUN.outputs(model)
     fine = cachekit.wrap(build(FOUR), "every-2", reuse=Own(np.ones(1)), per_sample=per_sample)
     assert equal(RUN.outputs(fine), RUN.outputs(cachekit.wrap(build(FOUR), "every-2", per_sample=per_sample)))
+
+
+class Misspelt(Policy[None]):
+    """A policy that needs what there is not."""
+
+    def __init__(self, *needs: Any) -> None:
+        self.wanted = frozenset(needs)
+
+    def required(self) -> frozenset[Any]:
+        """What it was told."""
+        return self.wanted
+
+    def decide(self, state: None, step: Step) -> bool:
+        """Always."""
+        return True
+
+
+@pytest.mark.parametrize("needs", [("stepz",), ("end", "prob"), ("modulated",), (3,), tuple("probe")], ids=str)
+@pytest.mark.parametrize("segments", ["middle", "model"])
+def test_needs_that_there_are_not(needs: tuple[Any, ...], segments: str) -> None:
+    """A misspelt one would pass in silence."""
+    model = cachekit.wrap(build(FOUR))
+    before = handle(model)
+    with refused(ConfigError, "its needs are a set of 'steps', 'end', 'estimate', 'probe', 'front' and Signals"):
+        cachekit.wrap(model, Misspelt(*needs), segments=segments, reuse="output")
+    assert handle(model) is before
+
+
+@pytest.mark.parametrize("wrong", [("modulate",), ("probe", "steps"), (None,)], ids=str)
+def test_signals_that_there_are_not(wrong: tuple[Any, ...]) -> None:
+    """The known ones are listed."""
+    with refused(ConfigError, "write one of"):
+        cachekit.Signal(*wrong)
