@@ -336,7 +336,7 @@ class Engine:
         self, reason: str, lane: Lane, inputs: Inputs, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one call in full, count it, and leave nothing that a later step could take for its predecessor's."""
-        self.lanes.empty(lane)
+        self.lanes.empty(lane, missed=1)
         call = PlainCall()
         result = self._under(call, (args, kwargs), original)
         t = float("nan") if inputs.t is None else inputs.t

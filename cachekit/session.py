@@ -176,6 +176,17 @@ class Generation:
             self.passed.add(t)
             self.nodes += 1
 
+    def emptied(self, missed: int = 0) -> Generation | None:
+        """What goes on of it with nothing stored: of an explicit one the steps that are left, which count from 0 again.
+
+        Args:
+            missed: steps that no branch knows of. Where it is one too many, guards of the last steps begin one step early.
+        """
+        if not self.explicit:
+            return None
+        done = missed + max([self.nodes, *(branch.i + 1 for branch in self.branches)])
+        return Generation(None if self.steps is None else max(1, self.steps - done), explicit=True)
+
     def ahead(self, before: float, now: float) -> bool:
         """Whether time went on."""
         return now > before if self.rising else now < before

@@ -44,7 +44,7 @@ class Handle:
         return self._engine.adapter
 
     def reset(self) -> None:
-        """Forget everything stored and start the statistics anew."""
+        """Forget everything stored and start the statistics anew. A session goes on, with the steps that it has left."""
         self._engine.stats = Stats()
         self._engine.lanes.reset()
 
