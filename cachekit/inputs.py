@@ -123,7 +123,7 @@ def _together(samples: list[Tensor]) -> Tensor | None:
 def _read_array(leaf: Any) -> Any:
     """An array of another library as a tensor on its memory, a scalar of one as text; what holds no numbers as it is."""
     try:
-        return torch.as_tensor(leaf) if getattr(leaf, "ndim", 0) else repr(leaf)
+        return torch.as_tensor(leaf, device="cpu") if getattr(leaf, "ndim", 0) else repr(leaf)
     except (TypeError, ValueError, RuntimeError):
         return leaf
 
@@ -134,9 +134,11 @@ def read_time(value: Any) -> tuple[float | None, bool]:
     Raises:
         ModelError: it holds something else than numbers.
     """
+    if isinstance(value, int | float):
+        return float(value), False
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(value, dtype=torch.float64)
+            value = torch.as_tensor(value, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"the timestep argument is {value!r}, and no number, list, array or tensor of numbers; name another one: "

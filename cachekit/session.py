@@ -154,6 +154,7 @@ class Generation:
         explicit: opened by ``session()``: nothing is guessed from the samples.
         rising: time was seen to rise; None until the second step.
         nodes, passed: number of different timesteps so far, and those at which nothing was seen before anything else was.
+        strange: whether steps of which nothing was seen have turned out to be another generation's, since the last that was.
     """
 
     steps: int | None = None
@@ -163,16 +164,18 @@ class Generation:
     rising: bool | None = None
     nodes: int = 0
     passed: set[float] = field(default_factory=set)
+    strange: bool = False
 
     def reach(self, t: float | None) -> int:
         """A call at t: how many different timesteps there were, with this one."""
         self.nodes += t != self.t and t not in self.passed
-        self.t = t
+        self.t, self.strange = t, False
         return self.nodes
 
     def pass_by(self, t: float) -> None:
-        """A step at t of which nothing was seen."""
-        if self.t is not None and self.ahead(self.t, t) and t not in self.passed:
+        """A step at t of which nothing was seen; after one that is not ahead, it is another generation's."""
+        self.strange = self.strange or self.t is None or not self.ahead(self.t, t)
+        if not self.strange and t not in self.passed:
             self.passed.add(t)
             self.nodes += 1
 

@@ -207,3 +207,16 @@ def test_steps_without_the_cache_are_missed(segments: str, explicit: bool) -> No
                 if not before:
                     off(t)
         assert_equal(found, expected)
+
+
+@torch.no_grad()
+def test_another_generation_without_the_cache_misses_nothing() -> None:
+    """A whole one, inside ``disabled()`` after each step, from the same noise or another."""
+    model, expected = cachekit.wrap(DIT.build(), HELD), alone(DIT, SCHEDULE, 1, HELD, "middle")
+    for seed in (1, 2):
+        found = []
+        for prediction in steps(model, DIT, SCHEDULE, 1):
+            found.append(prediction)
+            with handle(model).disabled():
+                list(steps(model, DIT, SCHEDULE, seed))
+        assert_equal(found, expected)
