@@ -139,9 +139,18 @@ def wrap(
 
 
 def unwrap(model: M) -> M:
-    """Take everything out again: every ``__dict__`` is as it was before ``wrap``. A model that is not wrapped stays as it is."""
+    """Take everything out again: every ``__dict__`` is as it was before ``wrap``. A model that is not wrapped stays as it is.
+
+    Raises:
+        ModelError: a shallow copy of a wrapped model, which shares the latter's blocks and its cache.
+    """
     handle = model.__dict__.get("cachekit") if isinstance(model, nn.Module) else None
     if isinstance(handle, Handle):
+        if handle._engine.model is not model:
+            raise ModelError(
+                f"this {type(model).__name__} is a shallow copy of a wrapped one and shares its blocks; cachekit.unwrap that one "
+                "before it is copied, or take copy.deepcopy"
+            )
         handle._engine.detach()
         del model.__dict__["cachekit"]
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -367,3 +368,14 @@ def test_signals_that_there_are_not(wrong: tuple[Any, ...]) -> None:
     """The known ones are listed."""
     with refused(ConfigError, "write one of"):
         cachekit.Signal(*wrong)
+
+
+def test_a_shallow_copy_is_not_unwrapped() -> None:
+    """It would take the original's cache off, and leave its own interceptor behind."""
+    model = cachekit.wrap(build(FOUR), "every-2", reuse="output")
+    for take in (cachekit.unwrap, cachekit.wrap):
+        with refused(ModelError, "copy" if take is cachekit.unwrap else "wrapped already"):
+            take(copy.copy(model))
+    RUN.outputs(model)
+    assert 0 < stats(model).blocks_run < stats(model).blocks_total
+    assert not hasattr(cachekit.unwrap(copy.deepcopy(model)), "cachekit")
