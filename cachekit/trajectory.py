@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,21 +41,24 @@ class Comparer:
 
         Over 1 where they point away from each other.
         """
-        x, y = sample.detach().float(), last.float()
-        apart = [_sines(x.reshape(1, -1), first.float().reshape(1, -1)), _sines(x.reshape(1, -1), y.reshape(1, -1))]
-        rows = sample.size(0) if sample.ndim > 1 and sample.numel() >= LONG * sample.size(0) else 1
-        if rows > 1:
-            apart.append(_sines(x.reshape(rows, -1), y.reshape(rows, -1)).amax(0, keepdim=True))
+        x, y, z = sample.detach().flatten().float(), last.flatten().float(), first.flatten().float()
+        along = torch.dot(x, z) / torch.dot(z, z)
+        whole = torch.where(along > 0, torch.linalg.vector_norm(x - along * z) / torch.linalg.vector_norm(x), 2.0)
+        rows = sample.size(0) if sample.ndim > 1 and sample.numel() >= LONG * sample.size(0) > 0 else 1
+        a, b = x.view(rows, -1), y.view(rows, -1)
+        products = [torch.linalg.vecdot(a, a), torch.linalg.vecdot(a, b), torch.linalg.vecdot(b, b)]
         self.waits += sample.device.type != "cpu"
-        whole, since, *most = torch.cat(apart).tolist()
-        return whole, since, max(since, *most) if most else since
+        turned, *numbers = torch.cat([whole[None], *products]).tolist()
+        of_rows = [numbers[k::rows] for k in range(rows)]
+        since = _sine(*map(sum, zip(*of_rows, strict=True)))
+        return turned, since, max(since, *(_sine(*own) for own in of_rows))
 
 
-def _sines(x: Tensor, y: Tensor) -> Tensor:
-    """Of the angle between each row of the two; a row that is the same, all zeros perhaps, has not turned."""
-    along = (x * y).sum(-1) / (y * y).sum(-1)
-    turned = torch.linalg.vector_norm(x - along[:, None] * y, dim=-1) / torch.linalg.vector_norm(x, dim=-1)
-    return torch.where((x == y).all(-1), 0.0, torch.where(along > 0, turned, 2.0))
+def _sine(xx: float, xy: float, yy: float) -> float:
+    """Of the angle between two vectors, from their products, to some 1e-3; of none at all where both are zero."""
+    if xx == yy == 0.0:
+        return 0.0
+    return math.sqrt(max(0.0, 1 - xy * xy / (xx * yy))) if xy > 0 and math.isfinite(xx * yy) else 2.0
 
 
 @dataclass(frozen=True)
