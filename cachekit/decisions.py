@@ -20,6 +20,7 @@ from cachekit.session import Branch, Key
 from cachekit.signals import LACKING, PROBES, Compared, Comparison, Of, Signal
 from cachekit.spans import Span
 from cachekit.tree import Path, tensors
+from cachekit.verdict import decided
 
 
 class Decisions:
@@ -74,7 +75,7 @@ class Decisions:
     def recompute(self, k: int) -> bool:
         """Whether segment k is computed in this call. Nothing stored forces it, whatever the policy says."""
         if k not in self.made:
-            self.made[k] = k not in self.branch.ready or self.sites[k].policy.decide(self.branch.states[k], self._seen_by(k))
+            self.made[k] = k not in self.branch.ready or decided(self.sites[k].policy, self.branch.states[k], self._seen_by(k))
         return self.made[k]
 
     def show_modulated(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cachekit.adapter import Adapter
+from cachekit.again import Again
 from cachekit.audit import Auditor, Shadow, ShadowCall, audit
 from cachekit.call import GraphChanged, Original, PlainCall
 from cachekit.decisions import Decisions
@@ -124,6 +125,8 @@ class Engine:
         """The model is called."""
         lane = self.lanes.current
         if self.removed or lane.disabled or self.under_way.call is not None:
+            if lane.disabled and lane.under_way and not self.removed and self.under_way.call is None:
+                lane.pass_by(self.reader.time(args, kwargs))
             return original(*args, **kwargs)
         inputs = self.reader.read(args, kwargs)
         reason = self._not_cached(inputs, args, kwargs)
@@ -148,16 +151,19 @@ class Engine:
         shadow, auditing = self.auditor.shadow(self.model, branch, args, kwargs), self.auditor.on
         sites, audited = branch.sites or self.sites, shadow is not None
         decisions = self._decisions(lane, branch, sites, step, audited=audited, auditing=auditing)
+        again = Again(args, kwargs)
         try:
             ran, result = Running(self, decisions, original).run((args, kwargs))
         except GraphChanged as change:
             with self.lock:
                 self.stats.dropped[str(change)] += 1
+            again.restore(branch.kept)
             branch.drop()
             decisions = self._decisions(lane, branch, self.sites, step, auditing=auditing)
             ran, result = Running(self, decisions, original).run((args, kwargs))
         decisions.show_prediction(result)
         decisions.close()
+        decisions.waits += branch.settle(lane.comparer)
         shares = _shares(ran[0], decisions.shares), _shares(ran[1], decisions.module_shares)
         with self.lock:
             self.stats.count(Record(branch.i, branch.t, branch.name.text, *ran, *shares), decisions.waits)
@@ -193,7 +199,7 @@ class Engine:
         self, reason: str, lane: Lane, inputs: Inputs, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one call in full, count it, and leave nothing that a later step could take for its predecessor's."""
-        self.lanes.empty(lane)
+        self.lanes.empty(lane, missed=1)
         call = PlainCall()
         result = self.under_way.run(call, (args, kwargs), original)
         t = float("nan") if inputs.t is None else inputs.t

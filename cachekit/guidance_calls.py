@@ -34,6 +34,8 @@ class SeparatePasses(PassDecisions):
         before = comparer.waits
         self.peer = None if self.is_cond else _peer(self.branch, generation, cond, comparer)
         self.waits += comparer.waits - before
+        # Neither this pass nor any other is named: it may be the conditional one, or a batch of both.
+        self.unnamed = cond is None and not self.branch.name.text and not any(_is_cond(b, cond) for b in generation.branches)
 
     @property
     def whole(self) -> list[int]:
@@ -42,7 +44,7 @@ class SeparatePasses(PassDecisions):
 
     def hindered(self, k: int) -> str | None:
         """Why the unconditional pass can't be rebuilt in this call."""
-        return NO_PEER if self.peer is None and self.sites[k].reuse.beta else None
+        return NO_PEER if self.unnamed or (self.peer is None and self.sites[k].reuse.beta) else None
 
     def run(self, run: Run, given: Given) -> tuple[PlainCall | None, Any]:
         """Run one call, or rebuild what it would return from the call before it."""

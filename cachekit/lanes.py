@@ -35,16 +35,15 @@ class Lanes:
             return self._of.setdefault(owner, Lane())
 
     def reset(self) -> None:
-        """Forget every generation, in whatever lane."""
+        """Forget what every generation has stored, in whatever lane; explicit ones go on with nothing in them."""
         with self._lock:
             for lane in self._of.values():
-                lane.generation, lane.nbytes = None, 0
+                lane.generation, lane.nbytes = lane.generation and lane.generation.emptied(), 0
             self._hold(0)
 
-    def empty(self, lane: Lane) -> None:
-        """Forget a lane's generation; an explicit one goes on with nothing in it."""
-        if lane.generation is not None:
-            lane.generation = Generation(lane.generation.steps, explicit=True) if lane.generation.explicit else None
+    def empty(self, lane: Lane, missed: int = 0) -> None:
+        """Forget a lane's generation; an explicit one goes on with nothing in it, after so many steps that it doesn't know of."""
+        lane.generation = lane.generation and lane.generation.emptied(missed)
         self.count_bytes(lane)
 
     def count_bytes(self, lane: Lane) -> None:

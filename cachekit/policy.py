@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 
 from cachekit.errors import ConfigError
 from cachekit.signals import LACKING, NO_MODEL, Comparison, Signal
+from cachekit.verdict import decided
 
 S = TypeVar("S")
 
@@ -168,7 +169,7 @@ class AnyOf(_Pair):
     """``a | b``."""
 
     def decide(self, state: tuple[Any, Any], step: Step) -> bool:
-        return self.a.decide(state[0], step) or self.b.decide(state[1], step)
+        return decided(self.a, state[0], step) or decided(self.b, state[1], step)
 
 
 @dataclass(frozen=True)
@@ -176,4 +177,4 @@ class AllOf(_Pair):
     """``a & b``."""
 
     def decide(self, state: tuple[Any, Any], step: Step) -> bool:
-        return self.a.decide(state[0], step) and self.b.decide(state[1], step)
+        return decided(self.a, state[0], step) and decided(self.b, state[1], step)

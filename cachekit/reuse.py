@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -115,6 +116,21 @@ class Forecast:
         return lagrange(times[: order + 1], t)
 
 
+def weights_of(reuse: Reuse, times: Sequence[float], t: float) -> list[float]:
+    """What a reuse weighs its history with.
+
+    Raises:
+        ConfigError: not with finite numbers, at least one.
+    """
+    found = reuse.weights(times, t)
+    weights = [] if found is None else [float(weight) for weight in found]
+    if not weights or not all(map(math.isfinite, weights)):
+        raise ConfigError(
+            f"{reuse!r}.weights({list(times)}, {t}) returned {found!r}; return a finite number for each time, newest first"
+        )
+    return weights
+
+
 def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """The sum of floating-point values with these weights, in their dtype, always a tensor of its own."""
     used = [(weight, value) for weight, value in zip(weights, values, strict=False) if weight != 0.0]
@@ -149,7 +165,7 @@ class History:
         newest = self.entries[0][1]
         if not newest.is_floating_point():
             return newest.clone()
-        return self.combined(reuse.weights([time for time, _ in self.entries], t))
+        return self.combined(weights_of(reuse, [time for time, _ in self.entries], t))
 
     def combined(self, weights: Sequence[float]) -> Tensor:
         """The weighted sum of the values, newest first, as a tensor of its own."""
@@ -194,5 +210,9 @@ def parse_reuse(reuse: Any) -> Reuse:
             raise ConfigError(f"reuse={reuse!r}: {name!r} has no {' and no '.join(lacking)} to set; write {name!r} alone")
         reuse = replace(made, **changes) if changes else made
     if isinstance(reuse, Reuse) and not isinstance(reuse, type):
+        if not isinstance(reuse.length, int) or reuse.length < 1:
+            raise ConfigError(f"{reuse!r}.length is {reuse.length!r}: how many values are kept, a whole number of at least one")
+        if not math.isfinite(reuse.beta):
+            raise ConfigError(f"{reuse!r}.beta is {reuse.beta!r}: the share of the input that is added again, a finite number")
         return reuse
     raise ConfigError(f"unknown reuse {reuse!r}; {ADVICE}")

@@ -16,6 +16,7 @@ from cachekit.segments import Site
 from cachekit.session import Branch
 from cachekit.signals import Signal
 from cachekit.tree import Path
+from cachekit.verdict import decided
 
 
 class SampleDecisions(Decisions):
@@ -49,7 +50,7 @@ class SampleDecisions(Decisions):
         if k not in self.branch.ready:
             return self.samples.all
         policy, states = self.sites[k].policy, self.sampled.states[k]
-        asked = tuple(g for g in self.samples.all if policy.decide(states[g], self._seen_by(k, g)))
+        asked = tuple(g for g in self.samples.all if decided(policy, states[g], self._seen_by(k, g)))
         return self.samples.all if asked and self.sampled.batched is None else asked
 
     def _recomputed(self, k: int) -> tuple[int, ...]:

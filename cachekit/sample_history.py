@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cachekit.reuse import Reuse, weighted
+from cachekit.reuse import Reuse, weighted, weights_of
 from cachekit.samples import Part, Samples
 
 
@@ -59,7 +59,7 @@ class SampleHistory:
         if not newest.is_floating_point():
             return newest.clone()
         weights = [
-            tuple(reuse.weights(self.times[g], t))[: len(self.times[g])] if g in chosen else (1.0,) for g in self.samples.all
+            tuple(weights_of(reuse, self.times[g], t))[: len(self.times[g])] if g in chosen else (1.0,) for g in self.samples.all
         ]
         if len({*weights}) == 1:
             return weighted(weights[0], self.places)

@@ -8,6 +8,7 @@ from typing import Any
 
 from cachekit.policy import Step
 from cachekit.spec import parse_policy
+from cachekit.verdict import decided
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def plan(policy: Any, timesteps: Sequence[float], *, range: float | None = 1000.
     for i, t in enumerate(times):
         node += i > 0 and t != times[i - 1]
         step = Step(i, t, len(times), range, times[i - 1] if i else None, node)
-        recompute = i == 0 or rule.decide(state, step)
+        recompute = i == 0 or decided(rule, state, step)
         state = rule.update(state, step, recompute)
         made.append(recompute)
     return Schedule(times, tuple(made))

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from cachekit.errors import ConfigError
 from cachekit.samples import Samples
 
 Of = Literal["probe", "front", "modulated", "check", "sample", "prediction"]
@@ -58,15 +59,29 @@ class Signal:
     of: Of
     since: Since = "recompute"
 
+    def __post_init__(self) -> None:
+        for name, known in (("of", get_args(Of)), ("since", get_args(Since))):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"Signal({name}={value!r}): write one of {', '.join(map(repr, known))}")
+
 
 def signals(needs: Iterable[Any]) -> frozenset[Signal]:
-    """The signals among a policy's needs; ``"probe"`` and ``"front"`` stand for those since the last recompute."""
+    """The signals among a policy's needs; ``"probe"`` and ``"front"`` stand for those since the last recompute.
+
+    Raises:
+        ConfigError: something that no policy can need.
+    """
     found = set()
     for need in needs:
         if isinstance(need, Signal):
             found.add(need)
         elif need == "probe" or need == "front":
             found.add(Signal(need))
+        elif need not in ("steps", "end", "estimate"):
+            raise ConfigError(
+                f"a policy says that it needs {need!r}; its needs are a set of 'steps', 'end', 'estimate', 'probe', 'front' and "
+                "Signals"
+            )
     return frozenset(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ UNLIKE = 0.87
 # The first sample again, scaled perhaps by the sampler, is parallel to itself up to the rounding of float32, in which sines are
 # computed. A fine schedule's first steps turn it by a few 1e-5 and more.
 PARALLEL = 1e-6
+
+# Numbers in a row of the batch from which its own angle tells as much as the whole sample's.
+LONG = 256
 
 AGAIN = "the first sample again, at another timestep"
 
@@ -32,16 +36,29 @@ class Comparer:
         self.waits += a.device.type != "cpu"
         return bool(torch.equal(a, b))
 
-    def sines(self, sample: Tensor, others: list[Tensor]) -> list[float]:
-        """For each of the others, the sine of its angle to the sample (over 1 where it points away)."""
-        x = sample.detach().flatten().float()
-        found = []
-        for other in others:
-            y = other.flatten().float()
-            along = torch.dot(x, y) / torch.dot(y, y)
-            found.append(torch.where(along > 0, torch.linalg.vector_norm(x - along * y) / torch.linalg.vector_norm(x), 2.0))
+    def sines(self, sample: Tensor, first: Tensor, last: Tensor) -> tuple[float, float, float]:
+        """The sines of a sample's angles to the first one and to the last one, and of its row that turned most since the last one.
+
+        Over 1 where they point away from each other.
+        """
+        x, y, z = sample.detach().flatten().float(), last.flatten().float(), first.flatten().float()
+        along = torch.dot(x, z) / torch.dot(z, z)
+        whole = torch.where(along > 0, torch.linalg.vector_norm(x - along * z) / torch.linalg.vector_norm(x), 2.0)
+        rows = sample.size(0) if sample.ndim > 1 and sample.numel() >= LONG * sample.size(0) > 0 else 1
+        a, b = x.view(rows, -1), y.view(rows, -1)
+        products = [torch.linalg.vecdot(a, a), torch.linalg.vecdot(a, b), torch.linalg.vecdot(b, b)]
         self.waits += sample.device.type != "cpu"
-        return [float(value) for value in torch.stack(found).tolist()]
+        turned, *numbers = torch.cat([whole[None], *products]).tolist()
+        of_rows = [numbers[k::rows] for k in range(rows)]
+        since = _sine(*map(sum, zip(*of_rows, strict=True)))
+        return turned, since, max(since, *(_sine(*own) for own in of_rows))
+
+
+def _sine(xx: float, xy: float, yy: float) -> float:
+    """Of the angle between two vectors, from their products, to some 1e-3; of none at all where both are zero."""
+    if xx == yy == 0.0:
+        return 0.0
+    return math.sqrt(max(0.0, 1 - xy * xy / (xx * yy))) if xy > 0 and math.isfinite(xx * yy) else 2.0
 
 
 @dataclass(frozen=True)
@@ -62,31 +79,35 @@ class Trace:
     def start(cls, sample: Tensor) -> Trace:
         """A trace of one sample."""
         copy = sample.detach().clone()
-        return cls(copy, copy, sample, _version(sample))
+        return cls(copy, copy, sample, version(sample))
 
     def advance(self, sample: Tensor) -> Trace:
         """The trace with one sample more."""
-        return Trace(self.first, sample.detach().clone(), sample, _version(sample))
+        return Trace(self.first, sample.detach().clone(), sample, version(sample))
+
+    def ends_in(self, sample: Tensor | None) -> bool:
+        """Whether this is the last sample itself."""
+        return sample is self.object and self.version is not None and self.version == version(self.object)
 
     def ends_at(self, sample: Tensor, comparer: Comparer) -> bool:
         """Whether this is the last sample, the same object or an equal one."""
-        if sample is self.object and self.version is not None and self.version == _version(sample):
-            return True
-        return comparer.equal(self.last, sample)
+        return self.ends_in(sample) or comparer.equal(self.last, sample)
 
     def follows(self, sample: Tensor, comparer: Comparer) -> str | None:
         """None where the sample can be this trajectory's next one, else what speaks against it."""
         if not sample.is_floating_point():
             return None
-        first, last = comparer.sines(sample, [self.first, self.last])
+        first, last, most = comparer.sines(sample, self.first, self.last)
         # Scaled and rounded in half precision it comes out further off; then only a sample that has moved on since can tell.
         rounding = torch.finfo(sample.dtype).eps
         if first < PARALLEL or first < rounding < last / 2:
             return AGAIN
-        if last > UNLIKE:
+        # A row that holds another sample now (particles that were drawn again): what is stored for it is the one before's.
+        if most > UNLIKE:
             return "a sample unlike the one before"
         return None
 
 
-def _version(tensor: Tensor) -> int | None:
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor has been written into; None under inference mode, where nobody counts."""
     return None if tensor.is_inference() else tensor._version

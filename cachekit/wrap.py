@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 from torch import nn
@@ -43,7 +44,7 @@ class Handle:
         return self._engine.adapter
 
     def reset(self) -> None:
-        """Forget everything stored and start the statistics anew."""
+        """Forget everything stored and start the statistics anew. A session goes on, with the steps that it has left."""
         self._engine.stats = Stats()
         self._engine.lanes.reset()
 
@@ -63,16 +64,16 @@ class Handle:
             if steps is not None and steps != len(timesteps):
                 raise ConfigError(f"steps={steps}, but there are {len(timesteps)} timesteps; give one of them")
             steps = len(timesteps)
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1):
             raise ConfigError(f"steps={steps!r}: give the number of model calls of one branch, a whole number of at least one step")
-        return self._engine.lanes.within(Generation(steps, explicit=True))
+        return self._engine.lanes.within(Generation(None if steps is None else int(steps), explicit=True))
 
     def branch(self, name: str) -> AbstractContextManager[None]:
         """Calls within are of the CFG branch of this name, whatever their conditioning."""
         return self._engine.lanes.named(Name(name, binding=True))
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Calls within run as if the model were not wrapped; what is stored stays."""
+        """Calls within run as if the model were not wrapped; what is stored stays, until steps are missed for it."""
         return self._engine.lanes.disabled()
 
     def remove(self) -> None:
@@ -138,9 +139,18 @@ def wrap(
 
 
 def unwrap(model: M) -> M:
-    """Take everything out again: every ``__dict__`` is as it was before ``wrap``. A model that is not wrapped stays as it is."""
+    """Take everything out again: every ``__dict__`` is as it was before ``wrap``. A model that is not wrapped stays as it is.
+
+    Raises:
+        ModelError: a shallow copy of a wrapped model, which shares the latter's blocks and its cache.
+    """
     handle = model.__dict__.get("cachekit") if isinstance(model, nn.Module) else None
     if isinstance(handle, Handle):
+        if handle._engine.model is not model:
+            raise ModelError(
+                f"this {type(model).__name__} is a shallow copy of a wrapped one and shares its blocks; cachekit.unwrap that one "
+                "before it is copied, or take copy.deepcopy"
+            )
         handle._engine.detach()
         del model.__dict__["cachekit"]
     return model
@@ -202,7 +212,8 @@ def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: 
         chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
         site = Site(segment, own.policy, parse_reuse(settled(chosen)))
         check(site)
-        for of in sorted(INSIDE & {signal.of for signal in site.signals} if segment.is_model else ()):
+        looked_at = {signal.of for signal in site.signals}
+        for of in sorted(INSIDE & looked_at if segment.is_model else ()):
             raise ConfigError(LACKING[of])
         made.append(site)
     if sum(site.segment.is_model for site in made) > 1:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from drawing import NO_GLUE, runs
@@ -19,7 +22,8 @@ from wrapping import Case, cases, handle, identical, snapshot, stats
 
 import cachekit
 from cachekit import Adapter, ConfigError, Forecast, ModelError, Policy, Segment
-from cachekit.policies import change
+from cachekit.policies import change, every, first
+from cachekit.policy import Step
 
 FOUR = StackSpec(depth=4, order=(0, 1, 2, 3), glue=NO_GLUE)
 RUN = Run((900.0, 500.0, 100.0))
@@ -248,6 +252,8 @@ def test_sessions_that_cannot_be(wrong: dict[str, Any]) -> None:
         pass
     with handle(model).session(steps=3, timesteps=RUN.times):
         RUN.outputs(model)
+    with handle(model).session(steps=cast(int, np.int64(3))):
+        RUN.outputs(model)
 
 
 class Undecided(Policy[None]):
@@ -260,6 +266,25 @@ def test_a_policy_without_decide() -> None:
     with pytest.raises(NotImplementedError, match=r"Undecided must define decide\(self, state, step\) -> bool"):
         RUN.outputs(model)
     assert stats(model).bytes_held == 0
+
+
+class Forgetful(Policy[None]):
+    """A policy whose ``decide`` lacks a return."""
+
+    def decide(self, state: None, step: Step) -> bool:
+        """None at every step."""
+        return cast(bool, None)
+
+
+@pytest.mark.parametrize("policy", [Forgetful(), Forgetful() | first(1), every(2) & Forgetful()], ids=["alone", "or", "and"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_decision_that_is_none(policy: Policy[Any], per_sample: bool) -> None:
+    """It would pass for a reuse at every step."""
+    with refused(ConfigError, "Forgetful.decide(state, step) returned None; return True to recompute"):
+        cachekit.plan(policy, RUN.times)
+    model = cachekit.wrap(build(FOUR), policy, reuse="output", per_sample=per_sample)
+    with refused(ConfigError, "returned None"):
+        RUN.outputs(model)
 
 
 @pytest.mark.parametrize(
@@ -275,3 +300,82 @@ def test_forecasts_refuse_numbers_that_make_no_sense(make: Callable[[], Forecast
     """By pydantic, as policies do."""
     with pytest.raises(ValueError, match="Input should be"):
         make()
+
+
+@dataclass(frozen=True)
+class Own:
+    """A reuse as users write it; ``returns`` is what its weights are at every time."""
+
+    returns: Any = (1.0,)
+    length: Any = 1
+    beta: float = 0.0
+
+    def time(self, step: Step) -> float:
+        """The timestep."""
+        return step.t
+
+    def weights(self, times: Any, t: float) -> Any:
+        """The same ones always."""
+        return self.returns
+
+
+@pytest.mark.parametrize("wrong", [Own(length=0), Own(length=1.5), Own(beta=float("nan")), Own(beta=float("inf"))], ids=str)
+def test_reuses_that_cannot_be(wrong: Own) -> None:
+    """What wrap can see of them it refuses."""
+    with refused(ConfigError, "Own("):
+        cachekit.wrap(build(FOUR), "every-2", reuse=wrong)
+
+
+@pytest.mark.parametrize("returns", [None, (), (float("nan"),), (float("inf"), 1.0)], ids=str)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_weights_that_cannot_be(returns: Any, per_sample: bool) -> None:
+    """They would make zeros of a value, or no numbers, in silence."""
+    model = cachekit.wrap(build(FOUR), "every-2", reuse=Own(returns), per_sample=per_sample)
+    with refused(ConfigError, "return a finite number for each time, newest first"):
+        RUN.outputs(model)
+    fine = cachekit.wrap(build(FOUR), "every-2", reuse=Own(np.ones(1)), per_sample=per_sample)
+    assert equal(RUN.outputs(fine), RUN.outputs(cachekit.wrap(build(FOUR), "every-2", per_sample=per_sample)))
+
+
+class Misspelt(Policy[None]):
+    """A policy that needs what there is not."""
+
+    def __init__(self, *needs: Any) -> None:
+        self.wanted = frozenset(needs)
+
+    def required(self) -> frozenset[Any]:
+        """What it was told."""
+        return self.wanted
+
+    def decide(self, state: None, step: Step) -> bool:
+        """Always."""
+        return True
+
+
+@pytest.mark.parametrize("needs", [("stepz",), ("end", "prob"), ("modulated",), (3,), tuple("probe")], ids=str)
+@pytest.mark.parametrize("segments", ["middle", "model"])
+def test_needs_that_there_are_not(needs: tuple[Any, ...], segments: str) -> None:
+    """A misspelt one would pass in silence."""
+    model = cachekit.wrap(build(FOUR))
+    before = handle(model)
+    with refused(ConfigError, "its needs are a set of 'steps', 'end', 'estimate', 'probe', 'front' and Signals"):
+        cachekit.wrap(model, Misspelt(*needs), segments=segments, reuse="output")
+    assert handle(model) is before
+
+
+@pytest.mark.parametrize("wrong", [("modulate",), ("probe", "steps"), (None,)], ids=str)
+def test_signals_that_there_are_not(wrong: tuple[Any, ...]) -> None:
+    """The known ones are listed."""
+    with refused(ConfigError, "write one of"):
+        cachekit.Signal(*wrong)
+
+
+def test_a_shallow_copy_is_not_unwrapped() -> None:
+    """It would take the original's cache off, and leave its own interceptor behind."""
+    model = cachekit.wrap(build(FOUR), "every-2", reuse="output")
+    for take in (cachekit.unwrap, cachekit.wrap):
+        with refused(ModelError, "copy" if take is cachekit.unwrap else "wrapped already"):
+            take(copy.copy(model))
+    RUN.outputs(model)
+    assert 0 < stats(model).blocks_run < stats(model).blocks_total
+    assert not hasattr(cachekit.unwrap(copy.deepcopy(model)), "cachekit")

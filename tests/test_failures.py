@@ -150,7 +150,8 @@ def test_frozen_weights_are_cached_with_gradients_on(case: Case, run: Run) -> No
     model = case.wrap(case.build().requires_grad_(False))
     with torch.enable_grad(), case.session(model, run.times):
         found = list(run.steps(model))
-    assert equal(found, case.run(case.wrap(), run))
+    # Frozen as well: torch takes other kernels for weights that ask for gradients, and rounds otherwise.
+    assert equal(found, case.run(case.wrap(case.build().requires_grad_(False)), run))
     assert not stats(model).uncached
 
 

@@ -14,6 +14,7 @@ from guided import DOUBLE, batch_of, half_of, in_one_batch, rebuilt, separately
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_batch import same
+from running import assert_equal, generate
 from stack_blocks import StackSpec
 from stack_runs import Run, conditioning, given_time, samples, tensor_of
 from stacks import build, visits_of
@@ -442,3 +443,16 @@ def test_windows_that_are_empty() -> None:
         Frequencies(low_start=99)
     with pytest.raises(ValueError, match="high_start=0, high_close=0"):
         Frequencies(high_start=0, high_close=0)
+
+
+@pytest.mark.parametrize("reuse", ["output", "taylor-1", "residual"])
+def test_passes_without_names_are_not_taken_for_the_unconditional_one(reuse: str) -> None:
+    """Neither of separate calls is known to be it, nor is a batch of both: all run, and notes say what to write."""
+    plain, model = DIT.build(), cachekit.wrap(DIT.build(), "every-2", segments="uncond", reuse=reuse)
+    assert_equal(generate(model, DIT, TIMES), generate(plain, DIT, TIMES))
+    prompts = [DIT.conditioning(seed) for seed in (0, 3)]
+    for t in TIMES:
+        for prompt in prompts:
+            given = DIT.inputs(t, conditioning=prompt, start=TIMES[0])
+            assert_equal([DIT.output(model(**given))], [DIT.output(plain(**given))])
+    assert any(RAN in note for note in model.cachekit.stats.notes)

@@ -1,0 +1,62 @@
+"""A call that is begun again: with the arguments that it was given, whatever the model did to them meanwhile."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachekit.errors import ModelError
+from cachekit.trajectory import version
+from cachekit.tree import arguments
+
+WRITTEN = (
+    "the model writes into its argument {path}, and called its blocks otherwise than before, so that the call would have to be "
+    "begun again with what is lost; pass a copy of that argument, or call model.cachekit.reset() where the model's calls change"
+)
+
+# A tensor, a copy of it, and how often it had been written into when that was made.
+Kept = tuple[Tensor, Tensor, int | None]
+
+
+class Again:
+    """The arguments of a call that may have to be begun again.
+
+    Args:
+        args, kwargs: before the call.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Models take things out of lists and dictionaries.
+        self._containers = [(container, copy.copy(container)) for container in _containers((args, kwargs))]
+        self._given = [(path, tensor, version(tensor)) for path, tensor in arguments(args, kwargs)]
+
+    def restore(self, kept: Iterable[Kept]) -> None:
+        """Undo what the model has done to them, of tensors those of which there is a copy.
+
+        Raises:
+            ModelError: there is none.
+        """
+        for container, before in self._containers:
+            container.clear()
+            container.extend(before) if isinstance(container, list) else container.update(before)
+        copies = {id(tensor): (values, count) for tensor, values, count in kept}
+        for path, tensor, count in self._given:
+            values, noted = copies.get(id(tensor), (None, None))
+            if values is not None and noted == count:
+                if (version(tensor) != count or count is None) and not torch.equal(tensor, values):
+                    tensor.copy_(values)
+            elif version(tensor) != count:
+                raise ModelError(WRITTEN.format(path=".".join(map(str, path))))
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """Each list and dictionary in nested ones and tuples."""
+    if type(value) in (list, dict):
+        yield value
+    if type(value) in (list, dict, tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
