@@ -77,6 +77,8 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
         )
     for k in differing:
         prediction = prediction.narrow(k, 0, target.shape[k])
+    # Under autocast predictions are half, in whose few digits small errors would be lost.
+    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     return (prediction - target.to(prediction)).square().mean()
 
 
