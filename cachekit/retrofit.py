@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cachekit.connections import LongSkips
 from cachekit.distillation import original_of
 from cachekit.errors import ConfigError, ModelError
-from cachekit.long_skips import long_skips_of
+from cachekit.long_skips import check_module, long_skips_of
 from cachekit.skip_source import fingerprint
 from cachekit.stages import STAGES, Plan, Stage
 from cachekit.training import Training
@@ -128,8 +128,7 @@ def _facts(training: Training) -> dict[str, str]:
 
 
 def _check(model: Any, data: Any, plan: Plan) -> LongSkips:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{type(model).__name__} is no torch.nn.Module; give the transformer itself, for example pipe.transformer")
+    check_module(model)
     long_skips = long_skips_of(model)
     if long_skips is None:
         raise ModelError("the model has no long skip connections to train; cachekit.add_long_skips(model) first")

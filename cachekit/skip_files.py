@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cachekit.adapter import Adapter, adapter_for
 from cachekit.errors import ConfigError, ModelError
 from cachekit.fusions import FUSIONS
-from cachekit.long_skips import PREFIX, connect_long_skips, long_skips_of, make_long_skips
+from cachekit.long_skips import PREFIX, check_module, connect_long_skips, long_skips_of, make_long_skips
 from cachekit.pairs import Pairs, default_pairs, stack_units
 from cachekit.skip_source import FORMAT, check_fingerprint, check_keys, fingerprint, load_safetensors, read_source
 
@@ -44,7 +44,7 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
         model: the model that they were made for; changed in place.
         source: a file of ``save_long_skips``; a state dict with keys ``long_skips.*`` (of a model that has them already); or a
             whole checkpoint of Skip-DiT's authors (arXiv 2411.17616), as a file or a state dict, whose base weights are loaded
-            as well, into their own classes or diffusers'.
+            as well, into their own classes or diffusers'. Of a training's checkpoint it is "ema", else "model".
         adapter: as in ``wrap``.
 
     Returns:
@@ -52,10 +52,12 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
 
     Raises:
         ModelError: it belongs to another model; nothing is changed then.
-        ConfigError: a file or state dict that holds no long skip connections, or others than the model's.
+        ConfigError: a file that can't be read, or one or a state dict that holds no long skip connections, or others than the
+            model's.
     """
     from cachekit.adapters import read_released
 
+    check_module(model)
     state, metadata = read_source(source)
     released = read_released(state)
     if released is not None:

@@ -65,8 +65,10 @@ def test_a_state_dict_loads_into_a_model_that_has_them() -> None:
     state = model.state_dict()
     with pytest.raises(cachekit.ConfigError, match=r"add_long_skips\(model, fusion=...\) first"):
         cachekit.load_long_skips(DIT.build(), state)
-    other = cachekit.load_long_skips(cachekit.add_long_skips(DIT.build(), fusion="paper"), state)
-    assert torch.equal(output(other, DIT), output(model, DIT))
+    under_ddp = {f"module.{key}": value for key, value in state.items()}
+    for given in (state, under_ddp, {"ema": under_ddp}):
+        other = cachekit.load_long_skips(cachekit.add_long_skips(DIT.build(), fusion="paper"), given)  # type: ignore[arg-type]
+        assert torch.equal(output(other, DIT), output(model, DIT))
 
 
 def test_fusions_of_a_users_own(tmp_path: Path) -> None:
@@ -111,10 +113,36 @@ def test_what_holds_none_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(cachekit.ConfigError, match="no long skip connections in it"):
         cachekit.load_long_skips(DIT.build(), tmp_path / "other.safetensors")
-    with pytest.raises(cachekit.ConfigError, match=r"state\['ema'\]"):
-        cachekit.load_long_skips(DIT.build(), {"ema": {}, "model": {}})  # type: ignore[dict-item]
+    with pytest.raises(cachekit.ConfigError, match=r"state\['weights'\]"):
+        cachekit.load_long_skips(DIT.build(), {"weights": {}, "optimiser": {}})  # type: ignore[dict-item]
     with pytest.raises(cachekit.ModelError, match="add_long_skips"):
         cachekit.save_long_skips(DIT.build(), tmp_path / "skips.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "b.pt"])
+def test_what_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
+    if name == "b.pt":
+        torch.save([1, 2], tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(b"neither")
+    model = DIT.build()
+    before = snapshot(model)
+    with pytest.raises(cachekit.ConfigError, match=r"can't be read|holds a list"):
+        cachekit.load_long_skips(model, tmp_path / name)
+    assert identical(before, snapshot(model))
+
+
+def test_what_is_no_source_and_no_model_is_refused() -> None:
+    with pytest.raises(cachekit.ConfigError, match=r"source=NoneType: give a file's path"):
+        cachekit.load_long_skips(DIT.build(), None)  # type: ignore[arg-type]
+    with pytest.raises(cachekit.ModelError, match=r"pipe\.transformer"):
+        cachekit.load_long_skips("model", {})  # type: ignore[type-var]
+
+
+def test_a_file_of_any_name(tmp_path: Path) -> None:
+    model = shaken(cachekit.add_long_skips(DIT.build()))
+    cachekit.save_long_skips(model, tmp_path / "skips.pt")
+    assert torch.equal(output(cachekit.load_long_skips(DIT.build(), tmp_path / "skips.pt"), DIT), output(model, DIT))
 
 
 def test_others_than_the_models_are_refused(tmp_path: Path) -> None:
