@@ -23,7 +23,8 @@ M = TypeVar("M", bound=nn.Module)
 def save_long_skips(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model's long skip connections, and nothing else of it, to a safetensors file.
 
-    Beside the weights it holds the fusion's name, the pairs, and a fingerprint of the model that they belong to.
+    Beside the weights it holds the fusion's name, the pairs, and a fingerprint of the model that they belong to. Of a model
+    that is sharded over processes (``fully_shard``) each must call it, with a path of its own.
 
     Raises:
         ModelError: the model has none.
@@ -32,9 +33,14 @@ def save_long_skips(model: nn.Module, path: str | os.PathLike[str]) -> None:
     found = long_skips_of(model)
     if found is None:
         raise ModelError("the model has no long skip connections to save; cachekit.add_long_skips(model) first")
-    state = {f"{PREFIX}{key}": value.detach().cpu().contiguous().clone() for key, value in found.state_dict().items()}
+    state = {f"{PREFIX}{key}": _whole(value).detach().cpu().contiguous().clone() for key, value in found.state_dict().items()}
     metadata = {"format": FORMAT, "fusion": found.fusion, "pairs": json.dumps(found.pairs), "model": json.dumps(fingerprint(model))}
     load_safetensors().save_file(state, os.fspath(path), metadata)
+
+
+def _whole(value: Tensor) -> Tensor:
+    gathered: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return gathered
 
 
 def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tensor], *, adapter: Adapter | str | None = None) -> M:

@@ -95,7 +95,13 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     shapes = [(name, tuple(value.shape)) for name, value in model.named_parameters() if not name.startswith(PREFIX)]
     digest = hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()
     depth = sum(len(unit) for unit in stack_units(model, adapter_for(model)))
-    return {"class": type(model).__name__, "blocks": depth, "parameters": digest}
+    return {"class": _own_class(model).__name__, "blocks": depth, "parameters": digest}
+
+
+def _own_class(model: nn.Module) -> type:
+    """Without the one that torch puts in its place where it shards a model (``fully_shard``)."""
+    bases = [base for base in type(model).__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch.")]
+    return bases[0] if bases else type(model)
 
 
 def check_fingerprint(model: nn.Module, theirs: dict[str, Any]) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import original_zoo
 import pytest
 import torch
+from adding import all_cases
 from cases import Case
 from retrofitting import Stopped, built, data_of, run, same, some_cases, state_of
+from running import generate, ran
 from torch import Tensor, nn
 from zoo import DIT, FLUX, LATTE, SD3
 
@@ -23,6 +25,21 @@ def test_the_first_stage_changes_the_fusions_alone(case: Case) -> None:
     after = run(model, case, Stage(steps=2, train="fusions"))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key in before if key.startswith("long_skips.")}
+
+
+@all_cases
+def test_a_wrapped_model_of_any_kind_learns_in_both_stages(case: Case) -> None:
+    """From the target and from the original; every fusion and every block changes, and the cache goes on as before."""
+    model = cachekit.wrap(built(case, "paper"), "every-2", segments="skip-1")
+    before = state_of(model)
+    stages = [Stage(steps=2, train=train, lr=1e-3, distill=Distillation()) for train in ("fusions", "all")]
+    after = run(model, case, *stages, ema=None)
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert {key for key in before if key.startswith("long_skips.")} <= set(changed)
+    assert all(any(key.startswith(f"{path}.") for key in changed) for path in case.stack)
+    with torch.no_grad():
+        generate(model, case, (900.0, 800.0))
+    assert sum(ran(model)) == 2 * case.unit
 
 
 @some_cases
