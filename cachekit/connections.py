@@ -114,7 +114,8 @@ def pass_on(
         skip = long_skips.passed.find(stream)
     if skip is None:
         raise ModelError(_missing(connection, captured is not None))
-    if captured is not None and stream is not None and stream.requires_grad and torch.is_grad_enabled():
+    if captured is not None and stream is not None and torch.is_grad_enabled():
+        # Also where the stream needs no gradient: the fusion's own weights may, and then a checkpointed block runs again too.
         long_skips.passed.note(stream, skip)
     return args, {**kwargs, ARGUMENT: skip}
 

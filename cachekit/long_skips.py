@@ -65,6 +65,8 @@ def make_long_skips(
 ) -> LongSkips:
     """The fusions that a model would get, as in ``add_long_skips``. The model is left as it is."""
     _check_model(model)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed={seed!r}: a seed is a whole number, or None")
     facts = adapter_for(model, adapter)
     units = stack_units(model, facts)
     chosen = default_pairs(len(units)) if pairs is None else checked_pairs(pairs, len(units))

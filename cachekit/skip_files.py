@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from cachekit.adapter import Adapter, adapter_for
+from cachekit.connections import LongSkips
 from cachekit.errors import ConfigError, ModelError
 from cachekit.fusions import FUSIONS
 from cachekit.long_skips import PREFIX, check_module, connect_long_skips, long_skips_of, make_long_skips
@@ -34,8 +36,21 @@ def save_long_skips(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if found is None:
         raise ModelError("the model has no long skip connections to save; cachekit.add_long_skips(model) first")
     state = {f"{PREFIX}{key}": _whole(value).detach().cpu().contiguous().clone() for key, value in found.state_dict().items()}
-    metadata = {"format": FORMAT, "fusion": found.fusion, "pairs": json.dumps(found.pairs), "model": json.dumps(fingerprint(model))}
-    load_safetensors().save_file(state, os.fspath(path), metadata)
+    metadata = {
+        "format": FORMAT,
+        "fusion": found.fusion,
+        "pairs": json.dumps(found.pairs),
+        "blocks": json.dumps(_joined(found)),
+        "widths": json.dumps([connection.width for connection in found.connections]),
+        "model": json.dumps(fingerprint(model)),
+    }
+    safetensors = load_safetensors()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    safetensors.save_file(state, os.fspath(path), metadata)
+
+
+def _joined(long_skips: LongSkips) -> list[list[str]]:
+    return [[connection.early, connection.late] for connection in long_skips.connections]
 
 
 def _whole(value: Tensor) -> Tensor:
@@ -73,7 +88,7 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
         raise ConfigError(f"there are no long skip connections in it: no key begins with {PREFIX!r} or 'skip_linears.'")
     if metadata is not None:
         check_fingerprint(model, json.loads(metadata["model"]))
-        return _load(model, own, metadata["fusion"], tuple((early, late) for early, late in json.loads(metadata["pairs"])), adapter)
+        return _load_own(model, own, metadata, adapter)
     found = long_skips_of(model)
     if found is None:
         raise ConfigError(
@@ -83,7 +98,30 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
     return _load(model, own, found.fusion, found.pairs, adapter)
 
 
-def _load(model: M, own: dict[str, Tensor], fusion: str, pairs: Pairs, adapter: Adapter | str | None) -> M:
+def _load_own(model: M, own: dict[str, Tensor], metadata: Mapping[str, str], adapter: Adapter | str | None) -> M:
+    pairs = tuple((early, late) for early, late in json.loads(metadata["pairs"]))
+    widths = set(json.loads(metadata["widths"]))
+    return _load(
+        model,
+        own,
+        metadata["fusion"],
+        pairs,
+        adapter,
+        width=widths.pop() if len(widths) == 1 else None,
+        blocks=json.loads(metadata["blocks"]),
+    )
+
+
+def _load(
+    model: M,
+    own: dict[str, Tensor],
+    fusion: str,
+    pairs: Pairs,
+    adapter: Adapter | str | None,
+    *,
+    width: int | None = None,
+    blocks: list[list[str]] | None = None,
+) -> M:
     found = long_skips_of(model)
     if found is not None and (found.fusion, found.pairs) != (fusion, pairs):
         raise ConfigError(
@@ -96,7 +134,13 @@ def _load(model: M, own: dict[str, Tensor], fusion: str, pairs: Pairs, adapter: 
             f"pairs={list(pairs)}) with your own first"
         )
     # Nothing of the initialisation stays, so that it must not draw from the global generator.
-    made = make_long_skips(model, fusion, pairs, 0, adapter=adapter) if found is None else found
+    made = make_long_skips(model, fusion, pairs, 0, width, adapter) if found is None else found
+    differing = next((both for both in zip(blocks or [], _joined(made), strict=False) if both[0] != both[1]), None)
+    if differing is not None:
+        theirs, ours = (" to ".join(each) for each in differing)
+        raise ConfigError(
+            f"they lead from {theirs}, and with this adapter from {ours}; give the adapter= that they were added with"
+        )
     check_keys(made.state_dict(), own, "long skip connections")
     made.load_state_dict(own)
     return connect_long_skips(model, made) if found is None else model

@@ -62,6 +62,7 @@ def test_mismatches_are_said_at_the_first_call() -> None:
         ({"pairs": [(0, 5), (1, 5)]}, "only one for each late block"),
         ({"pairs": 3}, r"list of \(early, late\)"),
         ({"pairs": [(0, 5.0)]}, r"list of \(early, late\)"),
+        ({"seed": 1.5}, "a seed is a whole number"),
         ({"width": 0}, "whole number above 0"),
         ({"fusion": partial(Spectral, bound=0)}, "above 0"),
     ],

@@ -30,6 +30,54 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
+def test_an_adapter_that_counts_otherwise_is_refused(tmp_path: Path) -> None:
+    """Pairs of units name other blocks under another adapter; nothing of shapes or names would show it."""
+    path, twos = tmp_path / "new" / "skips.safetensors", cachekit.Adapter(unit=2)
+    model = shaken(cachekit.add_long_skips(DIT.build(), adapter=twos))
+    cachekit.save_long_skips(model, path)
+    for other in (DIT.build(), cachekit.add_long_skips(DIT.build(), pairs=[(0, 2)])):
+        before = snapshot(other)
+        with pytest.raises(
+            cachekit.ConfigError, match=r"s\.1 to .*s\.4, .* from .*s\.0 to .*s\.2; give the adapter="
+        ):
+            cachekit.load_long_skips(other, path)
+        assert identical(before, snapshot(other))
+    assert torch.equal(output(cachekit.load_long_skips(DIT.build(), path, adapter=twos), DIT), output(model, DIT))
+
+
+def test_a_width_that_nothing_tells(tmp_path: Path) -> None:
+    """It is in the file."""
+    model = shaken(cachekit.add_long_skips(Bare(), width=6))
+    cachekit.save_long_skips(model, tmp_path / "skips.safetensors")
+    other = cachekit.load_long_skips(Bare(), tmp_path / "skips.safetensors")
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(other(x), model(x)) and not torch.equal(other(x), Bare()(x))
+
+
+class Scaled(nn.Module):
+    """A block without a norm or a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+class Bare(nn.Module):
+    """A stack of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Scaled() for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 @some_cases
 @pytest.mark.parametrize("fusion", ["paper", "residual", "spectral"])
 def test_round_trip(case: Case, fusion: str, tmp_path: Path) -> None:
