@@ -37,9 +37,7 @@ def test_an_adapter_that_counts_otherwise_is_refused(tmp_path: Path) -> None:
     cachekit.save_long_skips(model, path)
     for other in (DIT.build(), cachekit.add_long_skips(DIT.build(), pairs=[(0, 2)])):
         before = snapshot(other)
-        with pytest.raises(
-            cachekit.ConfigError, match=r"s\.1 to .*s\.4, .* from .*s\.0 to .*s\.2; give the adapter="
-        ):
+        with pytest.raises(cachekit.ConfigError, match=r"s\.1 to .*s\.4, .* from .*s\.0 to .*s\.2; give the adapter="):
             cachekit.load_long_skips(other, path)
         assert identical(before, snapshot(other))
     assert torch.equal(output(cachekit.load_long_skips(DIT.build(), path, adapter=twos), DIT), output(model, DIT))
