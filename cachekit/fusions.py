@@ -110,7 +110,8 @@ def make_fusion(fusion: Any, width: int) -> nn.Module:
 def placed_as(block: nn.Module) -> dict[str, Any]:
     """Device and dtype of a block's weights, as arguments of ``to``: of most of them, since a half model may keep some in float32.
 
-    Weights that are only stored so (of one byte) are no dtype to compute in.
+    Weights that are only stored so (of one byte) are no dtype to compute in, and those that are elsewhere between two calls (on
+    the meta device, as offloading leaves them) are on no device to stay on.
     """
     found: dict[tuple[torch.device, torch.dtype], int] = {}
     for parameter in block.parameters():
@@ -120,7 +121,7 @@ def placed_as(block: nn.Module) -> dict[str, Any]:
     if not found:
         return {}
     device, dtype = max(found, key=found.__getitem__)
-    return {"device": device, "dtype": dtype}
+    return {"dtype": dtype} if device.type == "meta" else {"device": device, "dtype": dtype}
 
 
 @contextmanager

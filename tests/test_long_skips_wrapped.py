@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from adding import all_cases, output, shaken, some_cases
 from cases import Case
 from running import TIMES, assert_equal, generate, ran
 from torch import Tensor, nn
 from wrapping import identical, snapshot
-from zoo import DIT
+from zoo import DIT, SD3
 
 import cachekit
 from cachekit.policies import every, first
@@ -195,6 +196,24 @@ def test_hooks_of_others_beneath() -> None:
     assert_equal(generate(cachekit.wrap(model, every(1)), DIT, TIMES), expected)
     cachekit.unwrap(cachekit.remove_long_skips(model))
     assert identical(before, snapshot(model))
+
+
+@pytest.mark.parametrize("added_first", [True, False])
+@pytest.mark.parametrize("fusion", ["paper", "residual", "spectral"])
+def test_weights_that_are_offloaded(fusion: str, added_first: bool) -> None:
+    """Accelerate keeps them elsewhere between two calls; fusions that come later stay where they are made."""
+    plain = cachekit.add_long_skips(SD3.build(), fusion=fusion, seed=0)
+    expected = generate(plain, SD3, TIMES)
+    model = SD3.build()
+    if added_first:
+        cachekit.add_long_skips(model, fusion=fusion, seed=0)
+    cpu_offload(model, execution_device="cpu")
+    if not added_first:
+        assert next(model.transformer_blocks[5].parameters()).is_meta
+        cachekit.add_long_skips(model, fusion=fusion, seed=0)
+    assert_equal(generate(model, SD3, TIMES), expected)
+    cached = generate(cachekit.wrap(plain, every(2), segments="skip-1"), SD3, TIMES)
+    assert_equal(generate(cachekit.wrap(model, every(2), segments="skip-1"), SD3, TIMES), cached)
 
 
 @pytest.mark.parametrize("fusion", ["paper", "spectral"])
