@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from retrofitting import FUSIONS, STAGES, Stopped, built, data_of, run, same, some_cases, state_of
+from retrofitting import FUSIONS, STAGES, Stopped, built, data_of, run, same, state_of
 from torch import Tensor
 from zoo import DIT, LATTE
 
