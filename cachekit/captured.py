@@ -13,6 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class Captured:
     """What a block returned, the very tensor, and whether somebody wrote into it since.
 
+    A model that is compiled as a whole doesn't tell: within a graph neither versions nor values can be asked for.
+
     Args:
         tensor: what it returned.
         compare: keep a copy to compare with where torch counts no versions, that is under ``torch.inference_mode``.
@@ -20,8 +22,14 @@ class Captured:
 
     def __init__(self, tensor: Tensor, compare: bool) -> None:
         self.tensor = tensor
-        self._version = None if tensor.is_inference() else tensor._version
-        self._copy = tensor.clone() if tensor.is_inference() and compare else None
+        self._version: int | None = None
+        self._copy: Tensor | None = None
+        if torch.compiler.is_compiling():
+            return
+        if not tensor.is_inference():
+            self._version = tensor._version
+        elif compare:
+            self._copy = tensor.clone()
 
     @property
     def written(self) -> bool:

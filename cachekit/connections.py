@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling as compiling
 
 from cachekit.captured import Calls, Captured, Passed
 from cachekit.errors import ModelError
@@ -98,7 +99,7 @@ def capture(
             f"the model's call records gradients, but block {early!r}, whose output a long skip connection takes in, runs without; "
             "if that is gradient checkpointing, write use_reentrant=False"
         )
-    compare = any(c.early == early and c.late not in calls.compared for c in long_skips.connections)
+    compare = not compiling() and any(c.early == early and c.late not in calls.compared for c in long_skips.connections)
     calls.captured[early] = Captured(main_output(early, main, args, kwargs, result), compare)
 
 
@@ -115,7 +116,7 @@ def pass_on(
         skip = long_skips.passed.find(stream)
     if skip is None:
         raise ModelError(_missing(connection, captured is not None))
-    if captured is not None and stream is not None and torch.is_grad_enabled():
+    if captured is not None and stream is not None and torch.is_grad_enabled() and not compiling():
         # Also where the stream needs no gradient: the fusion's own weights may, and then a checkpointed block runs again too.
         long_skips.passed.note(stream, skip)
     return args, {**kwargs, ARGUMENT: skip}
@@ -130,7 +131,8 @@ def _taken(connection: Connection, captured: dict[str, Captured], compared: set[
             f"block {connection.late!r} takes in what block {connection.early!r} returned, and that was written into since, by a "
             "block behind it or by the model; let that make a tensor of its own (x = x + y instead of x += y)"
         )
-    compared.add(connection.late)
+    if not compiling():
+        compared.add(connection.late)
     return found.tensor
 
 

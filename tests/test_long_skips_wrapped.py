@@ -174,6 +174,19 @@ def test_compiled_blocks(compiled_first: bool) -> None:
     assert ran(model) == ran(reference)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("fusion", ["paper", "residual"])
+def test_a_model_compiled_as_a_whole_is_one_graph(fusion: str, mode: Callable[[], Any]) -> None:
+    """Nothing that carries or fuses a long skip breaks it, and a second call doesn't compile it again."""
+    torch._dynamo.reset()
+    model = shaken(cachekit.add_long_skips(SD3.build(), fusion=fusion, seed=0))
+    expected = [output(model, SD3, t) for t in (500, 400)]
+    model.compile(backend="eager", fullgraph=True)
+    with mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        found = [output(model, SD3, t) for t in (500, 400)]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
 def test_compiled_blocks_are_reused_in_pairs() -> None:
     """The cache stands before a compiled block with its hooks, so that none sees what a reused one returns."""
     model = cachekit.add_long_skips(DIT.build(), fusion="paper", seed=0)
