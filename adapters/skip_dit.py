@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 _KEY = re.compile(r"skip_(?:norms\.(\d+)\.|linears\.(\d+)\.(?=linear\.))(.+)")
-_WRAPPER = "module."
 
 
 def read_released(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
@@ -19,8 +18,6 @@ def read_released(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[s
     Returns:
         None where it holds no such keys. A fusion's keys are ``norm.*`` and ``linear.*``.
     """
-    if state and all(key.startswith(_WRAPPER) for key in state):
-        state = {key.removeprefix(_WRAPPER): value for key, value in state.items()}
     base: dict[str, Any] = {}
     fusions: dict[int, dict[str, Any]] = {}
     for key, value in state.items():
@@ -30,7 +27,7 @@ def read_released(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[s
         else:
             norm, linear, rest = match.groups()
             fusions.setdefault(int(norm or linear), {})[f"norm.{rest}" if norm else rest] = value
-    return (base, [fusions[k] for k in sorted(fusions)]) if fusions else None
+    return (base, [fusions.get(k, {}) for k in range(max(fusions) + 1)]) if fusions else None
 
 
 def released_pair(k: int, units: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 
 class BoundedLinear(nn.Linear):
-    """A linear layer whose largest singular value never exceeds ``bound``.
+    """A linear layer whose largest singular value never exceeds ``bound``, but for the rounding to its weight's dtype.
 
     The parameter is free; ``bounded`` is what multiplies: the parameter, scaled down where it must be (spectral normalisation,
     arXiv 1802.05957, as an upper bound and with the exact singular value instead of a running estimate).
@@ -24,9 +25,10 @@ class BoundedLinear(nn.Linear):
     @property
     def bounded(self) -> Tensor:
         """The weight in use, (outputs, inputs). Gradients pass through the scale too."""
-        wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        sigma = torch.linalg.vector_norm(wide.T @ self._top(wide))
-        bounded: Tensor = (wide * (self.bound / sigma.clamp_min(self.bound))).to(self.weight.dtype)
+        with _full_precision(self.weight.device):
+            wide = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+            sigma = torch.linalg.vector_norm(wide.T @ self._top(wide))
+            bounded: Tensor = (wide * (self.bound / sigma.clamp_min(self.bound))).to(self.weight.dtype)
         return bounded
 
     def _top(self, wide: Tensor) -> Tensor:
@@ -40,7 +42,9 @@ class BoundedLinear(nn.Linear):
         if seen is not None and self._known is not None and self._known[0] == seen:
             return self._known[1]
         with torch.no_grad():
-            top: Tensor = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -1]
+            # So that large weights don't overflow in the product, and lost ones come out lost, as of any layer, instead of raising.
+            scaled = wide / wide.abs().amax().clamp_min(torch.finfo(wide.dtype).tiny)
+            top: Tensor = torch.linalg.eigh(torch.nan_to_num(scaled @ scaled.T)).eigenvectors[:, -1]
         self._known = None if seen is None else (seen, top)
         return top
 
@@ -57,5 +61,11 @@ class BoundedLinear(nn.Linear):
         return {**super().__getstate__(), "_known": None}  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
-        return functional.linear(x, self.bounded, self.bias)
+        """(..., inputs) -> (..., outputs), in the dtype of ``x``."""
+        return functional.linear(x.to(self.weight.dtype), self.bounded, self.bias).to(x.dtype)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast: products of a few digits bound nothing, and half precision has no eigendecomposition."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -5,16 +5,53 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
+class Captured:
+    """What a block returned, the very tensor, and whether somebody wrote into it since.
+
+    A model that is compiled as a whole doesn't tell: within a graph neither versions nor values can be asked for.
+
+    Args:
+        tensor: what it returned.
+        compare: keep a copy to compare with where torch counts no versions, that is under ``torch.inference_mode``.
+    """
+
+    def __init__(self, tensor: Tensor, compare: bool) -> None:
+        self.tensor = tensor
+        self._version: int | None = None
+        self._copy: Tensor | None = None
+        if torch.compiler.is_compiling():
+            return
+        if not tensor.is_inference():
+            self._version = tensor._version
+        elif compare:
+            self._copy = tensor.clone()
+
+    @property
+    def written(self) -> bool:
+        """Whether it is another value than the block returned."""
+        if self._version is not None:
+            return self._version != self.tensor._version
+        return self._copy is not None and not torch.allclose(self._copy, self.tensor, rtol=0, atol=0, equal_nan=True)
+
+
 class Calls(threading.local):
-    """What early blocks returned in the model call that is under way in this thread."""
+    """What early blocks returned in the model call that is under way in this thread.
+
+    Attributes:
+        captured: by the early block's path; None outside of a call.
+        gradients: whether the call records them.
+        compared: late blocks that were seen to get what the early one returned, which is compared only once.
+    """
 
     def __init__(self) -> None:  # run by each thread
-        self.captured: dict[str, Tensor] | None = None
+        self.captured: dict[str, Captured] | None = None
         self.gradients = False
+        self.compared: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Calls, ()

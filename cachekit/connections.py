@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling as compiling
 
-from cachekit.captured import Calls, Passed
+from cachekit.captured import Calls, Captured, Passed
 from cachekit.errors import ModelError
 from cachekit.main_stream import Main, main_input, main_output, swapped, with_input
 from cachekit.patch import Patch
@@ -98,7 +99,8 @@ def capture(
             f"the model's call records gradients, but block {early!r}, whose output a long skip connection takes in, runs without; "
             "if that is gradient checkpointing, write use_reentrant=False"
         )
-    calls.captured[early] = main_output(early, main, args, kwargs, result)
+    compare = not compiling() and any(c.early == early and c.late not in calls.compared for c in long_skips.connections)
+    calls.captured[early] = Captured(main_output(early, main, args, kwargs, result), compare)
 
 
 def pass_on(
@@ -108,15 +110,30 @@ def pass_on(
     captured = long_skips.calls.captured
     found = main_input(block.forward, connection.main, args, kwargs)
     stream = None if found is None else found[1]
-    skip = None if captured is None else captured.get(connection.early)
+    skip = None if captured is None else _taken(connection, captured, long_skips.calls.compared)
     if captured is None and stream is not None:
         # A checkpointed block runs again in the backward pass, when no call is open, with the very stream that it had.
         skip = long_skips.passed.find(stream)
     if skip is None:
         raise ModelError(_missing(connection, captured is not None))
-    if captured is not None and stream is not None and stream.requires_grad and torch.is_grad_enabled():
+    if captured is not None and stream is not None and torch.is_grad_enabled() and not compiling():
+        # Also where the stream needs no gradient: the fusion's own weights may, and then a checkpointed block runs again too.
         long_skips.passed.note(stream, skip)
     return args, {**kwargs, ARGUMENT: skip}
+
+
+def _taken(connection: Connection, captured: dict[str, Captured], compared: set[str]) -> Tensor | None:
+    found = captured.get(connection.early)
+    if found is None:
+        return None
+    if found.written:
+        raise ModelError(
+            f"block {connection.late!r} takes in what block {connection.early!r} returned, and that was written into since, by a "
+            "block behind it or by the model; let that make a tensor of its own (x = x + y instead of x += y)"
+        )
+    if not compiling():
+        compared.add(connection.late)
+    return found.tensor
 
 
 def _missing(connection: Connection, called: bool) -> str:

@@ -62,21 +62,23 @@ def _note(
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the channels that the target has.
+    """Mean squared error of the channels that the target has: all, or the first half where the rest is a learned variance.
 
     Raises:
-        ConfigError: the shapes differ by more than channels that only the prediction has.
+        ConfigError: the shapes differ otherwise.
     """
     shapes = list(zip(prediction.shape, target.shape, strict=False))
     differing = [k for k, (ours, theirs) in enumerate(shapes) if ours != theirs]
-    fewer = all(k > 0 and shapes[k][1] < shapes[k][0] for k in differing)
-    if prediction.ndim != target.ndim or len(differing) > 1 or not fewer:
+    half = all(k > 0 and 2 * shapes[k][1] == shapes[k][0] for k in differing)
+    if prediction.ndim != target.ndim or len(differing) > 1 or not half:
         raise ConfigError(
             f"the target is {tuple(target.shape)}, and the model predicts {tuple(prediction.shape)}; return a target of the same "
-            "shape, or of fewer channels"
+            "shape, or of half the channels where the model learns a variance"
         )
     for k in differing:
         prediction = prediction.narrow(k, 0, target.shape[k])
+    # Under autocast predictions are half, in whose few digits small errors would be lost.
+    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     return (prediction - target.to(prediction)).square().mean()
 
 

@@ -25,6 +25,17 @@ class Float32LayerNorm(nn.LayerNorm):
         return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
+class OwnLinear(nn.Linear):
+    """A linear layer that computes in its own dtype, whatever it is given: fusions may train in float32 in a half model.
+
+    Autocast has the last word, as over any linear layer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs), in the dtype of ``x``."""
+        return functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
 class Paper(nn.Module):
     """Linear(LayerNorm([x ; skip])), initialised as torch does: another function than before from the start.
 
@@ -34,11 +45,11 @@ class Paper(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = Float32LayerNorm(2 * width, eps=1e-6)
-        self.linear: nn.Linear = nn.Linear(2 * width, width)
+        self.linear: nn.Linear = OwnLinear(2 * width, width)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """(..., D) and (..., D) -> (..., D)."""
-        fused: Tensor = self.linear(self.norm(torch.cat([x, skip], dim=-1)))
+        fused: Tensor = self.linear(self.norm(torch.cat([x, skip.to(x.dtype)], dim=-1)))
         return fused
 
 
@@ -97,11 +108,20 @@ def make_fusion(fusion: Any, width: int) -> nn.Module:
 
 
 def placed_as(block: nn.Module) -> dict[str, Any]:
-    """Device and dtype of a block's weights, as arguments of ``to``."""
+    """Device and dtype of a block's weights, as arguments of ``to``: of most of them, since a half model may keep some in float32.
+
+    Weights that are only stored so (of one byte) are no dtype to compute in, and those that are elsewhere between two calls (on
+    the meta device, as offloading leaves them) are on no device to stay on.
+    """
+    found: dict[tuple[torch.device, torch.dtype], int] = {}
     for parameter in block.parameters():
-        if parameter.is_floating_point():
-            return {"device": parameter.device, "dtype": parameter.dtype}
-    return {}
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            placed = parameter.device, parameter.dtype
+            found[placed] = found.get(placed, 0) + parameter.numel()
+    if not found:
+        return {}
+    device, dtype = max(found, key=found.__getitem__)
+    return {"dtype": dtype} if device.type == "meta" else {"device": device, "dtype": dtype}
 
 
 @contextmanager

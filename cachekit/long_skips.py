@@ -65,6 +65,8 @@ def make_long_skips(
 ) -> LongSkips:
     """The fusions that a model would get, as in ``add_long_skips``. The model is left as it is."""
     _check_model(model)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed={seed!r}: a seed is a whole number, or None")
     facts = adapter_for(model, adapter)
     units = stack_units(model, facts)
     chosen = default_pairs(len(units)) if pairs is None else checked_pairs(pairs, len(units))
@@ -115,9 +117,18 @@ def _connection(
     return Connection(f"{pair[0]}_to_{pair[1]}", early, late, width, adapter.relayouts(early, late), adapter.main)
 
 
-def _check_model(model: Any) -> None:
+def check_module(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        ModelError: it is no module.
+    """
     if not isinstance(model, nn.Module):
         raise ModelError(f"{type(model).__name__} is no torch.nn.Module; give the transformer itself, for example pipe.transformer")
+
+
+def _check_model(model: Any) -> None:
+    check_module(model)
     if long_skips_of(model) is not None:
         raise ModelError("the model has long skip connections already; cachekit.remove_long_skips(model) first")
     if hasattr(model, NAME):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cachekit.connections import LongSkips
 from cachekit.distillation import original_of
 from cachekit.errors import ConfigError, ModelError
-from cachekit.long_skips import long_skips_of
+from cachekit.long_skips import check_module, long_skips_of
 from cachekit.skip_source import fingerprint
 from cachekit.stages import STAGES, Plan, Stage
 from cachekit.training import Training
@@ -51,8 +51,8 @@ def retrofit(
     Args:
         model: any module with ``add_long_skips``; changed in place.
         data: step (0, 1, ... over all stages) -> (inputs, target): the model's keyword arguments, and the tensor to which the
-            first tensor that it returns is compared; where one dimension of the target is shorter (no learned variance), the
-            prediction's first channels are. What it draws from torch's global generators is seeded by the step.
+            first tensor that it returns is compared; where the target has half the channels (no learned variance), the
+            prediction's first half is. What it draws from torch's global generators is seeded by the step.
         stages: what to train for how long, and whether to learn from the original as well.
         seed: of everything drawn.
         ema: decay of the averaged weights, which the model has in the end; smaller in the first steps. None: the last weights.
@@ -128,13 +128,14 @@ def _facts(training: Training) -> dict[str, str]:
 
 
 def _check(model: Any, data: Any, plan: Plan) -> LongSkips:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{type(model).__name__} is no torch.nn.Module; give the transformer itself, for example pipe.transformer")
+    check_module(model)
     long_skips = long_skips_of(model)
     if long_skips is None:
         raise ModelError("the model has no long skip connections to train; cachekit.add_long_skips(model) first")
     if not any(True for _ in long_skips.parameters()):
         raise ModelError(f"the fusions ({long_skips.fusion}) have no parameters to train")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError("some weights were made under torch.inference_mode and can't be trained; build the model outside of it")
     own = set(map(id, long_skips.parameters()))
     asks = any(parameter.requires_grad and id(parameter) not in own for parameter in model.parameters())
     more = next((stage.train for stage in plan.stages if stage.train != "fusions"), None)

@@ -6,14 +6,16 @@ import json
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from cachekit.adapter import Adapter, adapter_for
+from cachekit.connections import LongSkips
 from cachekit.errors import ConfigError, ModelError
 from cachekit.fusions import FUSIONS
-from cachekit.long_skips import PREFIX, connect_long_skips, long_skips_of, make_long_skips
+from cachekit.long_skips import PREFIX, check_module, connect_long_skips, long_skips_of, make_long_skips
 from cachekit.pairs import Pairs, default_pairs, stack_units
 from cachekit.skip_source import FORMAT, check_fingerprint, check_keys, fingerprint, load_safetensors, read_source
 
@@ -23,7 +25,8 @@ M = TypeVar("M", bound=nn.Module)
 def save_long_skips(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model's long skip connections, and nothing else of it, to a safetensors file.
 
-    Beside the weights it holds the fusion's name, the pairs, and a fingerprint of the model that they belong to.
+    Beside the weights it holds the fusion's name, the pairs, and a fingerprint of the model that they belong to. Of a model
+    that is sharded over processes (``fully_shard``) each must call it, with a path of its own.
 
     Raises:
         ModelError: the model has none.
@@ -32,9 +35,27 @@ def save_long_skips(model: nn.Module, path: str | os.PathLike[str]) -> None:
     found = long_skips_of(model)
     if found is None:
         raise ModelError("the model has no long skip connections to save; cachekit.add_long_skips(model) first")
-    state = {f"{PREFIX}{key}": value.detach().cpu().contiguous().clone() for key, value in found.state_dict().items()}
-    metadata = {"format": FORMAT, "fusion": found.fusion, "pairs": json.dumps(found.pairs), "model": json.dumps(fingerprint(model))}
-    load_safetensors().save_file(state, os.fspath(path), metadata)
+    state = {f"{PREFIX}{key}": _whole(value).detach().cpu().contiguous().clone() for key, value in found.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "fusion": found.fusion,
+        "pairs": json.dumps(found.pairs),
+        "blocks": json.dumps(_joined(found)),
+        "widths": json.dumps([connection.width for connection in found.connections]),
+        "model": json.dumps(fingerprint(model)),
+    }
+    safetensors = load_safetensors()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    safetensors.save_file(state, os.fspath(path), metadata)
+
+
+def _joined(long_skips: LongSkips) -> list[list[str]]:
+    return [[connection.early, connection.late] for connection in long_skips.connections]
+
+
+def _whole(value: Tensor) -> Tensor:
+    gathered: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return gathered
 
 
 def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tensor], *, adapter: Adapter | str | None = None) -> M:
@@ -44,7 +65,7 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
         model: the model that they were made for; changed in place.
         source: a file of ``save_long_skips``; a state dict with keys ``long_skips.*`` (of a model that has them already); or a
             whole checkpoint of Skip-DiT's authors (arXiv 2411.17616), as a file or a state dict, whose base weights are loaded
-            as well, into their own classes or diffusers'.
+            as well, into their own classes or diffusers'. Of a training's checkpoint it is "ema", else "model".
         adapter: as in ``wrap``.
 
     Returns:
@@ -52,10 +73,12 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
 
     Raises:
         ModelError: it belongs to another model; nothing is changed then.
-        ConfigError: a file or state dict that holds no long skip connections, or others than the model's.
+        ConfigError: a file that can't be read, or one or a state dict that holds no long skip connections, or others than the
+            model's.
     """
     from cachekit.adapters import read_released
 
+    check_module(model)
     state, metadata = read_source(source)
     released = read_released(state)
     if released is not None:
@@ -65,7 +88,7 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
         raise ConfigError(f"there are no long skip connections in it: no key begins with {PREFIX!r} or 'skip_linears.'")
     if metadata is not None:
         check_fingerprint(model, json.loads(metadata["model"]))
-        return _load(model, own, metadata["fusion"], tuple((early, late) for early, late in json.loads(metadata["pairs"])), adapter)
+        return _load_own(model, own, metadata, adapter)
     found = long_skips_of(model)
     if found is None:
         raise ConfigError(
@@ -75,7 +98,30 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
     return _load(model, own, found.fusion, found.pairs, adapter)
 
 
-def _load(model: M, own: dict[str, Tensor], fusion: str, pairs: Pairs, adapter: Adapter | str | None) -> M:
+def _load_own(model: M, own: dict[str, Tensor], metadata: Mapping[str, str], adapter: Adapter | str | None) -> M:
+    pairs = tuple((early, late) for early, late in json.loads(metadata["pairs"]))
+    widths = set(json.loads(metadata["widths"]))
+    return _load(
+        model,
+        own,
+        metadata["fusion"],
+        pairs,
+        adapter,
+        width=widths.pop() if len(widths) == 1 else None,
+        blocks=json.loads(metadata["blocks"]),
+    )
+
+
+def _load(
+    model: M,
+    own: dict[str, Tensor],
+    fusion: str,
+    pairs: Pairs,
+    adapter: Adapter | str | None,
+    *,
+    width: int | None = None,
+    blocks: list[list[str]] | None = None,
+) -> M:
     found = long_skips_of(model)
     if found is not None and (found.fusion, found.pairs) != (fusion, pairs):
         raise ConfigError(
@@ -88,7 +134,13 @@ def _load(model: M, own: dict[str, Tensor], fusion: str, pairs: Pairs, adapter: 
             f"pairs={list(pairs)}) with your own first"
         )
     # Nothing of the initialisation stays, so that it must not draw from the global generator.
-    made = make_long_skips(model, fusion, pairs, 0, adapter=adapter) if found is None else found
+    made = make_long_skips(model, fusion, pairs, 0, width, adapter) if found is None else found
+    differing = next((both for both in zip(blocks or [], _joined(made), strict=False) if both[0] != both[1]), None)
+    if differing is not None:
+        theirs, ours = (" to ".join(each) for each in differing)
+        raise ConfigError(
+            f"they lead from {theirs}, and with this adapter from {ours}; give the adapter= that they were added with"
+        )
     check_keys(made.state_dict(), own, "long skip connections")
     made.load_state_dict(own)
     return connect_long_skips(model, made) if found is None else model

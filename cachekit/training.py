@@ -105,6 +105,7 @@ class Training:
         clip = float("inf") if self.plan.clip is None else self.plan.clip
         norm = nn.utils.clip_grad_norm_(self.trained, clip)
         self.optimiser.step()
+        torch.clear_autocast_cache()  # or an autocast around the training would go on with the weights of its first step
         if self.average is not None:
             self.average.update(self.model, self.step)
         self.sums.add({**measured, "gradient": norm})

@@ -20,7 +20,10 @@ FORMAT = "cachekit retrofit 1"
 
 @contextmanager
 def in_training(model: nn.Module) -> Iterator[None]:
-    """Training mode and at least single precision within; afterwards mode, dtypes and requires_grad are as before."""
+    """Training mode and at least single precision within; afterwards mode, dtypes and requires_grad are as before.
+
+    An autocast around it keeps copies of weights for as long as it lasts, and must not keep those of weights that were changed.
+    """
     modes = [(module, module.training) for module in model.modules()]
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     # Updates of 1e-4 are lost in the 8 bits of a bfloat16.
@@ -29,6 +32,7 @@ def in_training(model: nn.Module) -> Iterator[None]:
         for name, tensor in _tensors(model):
             if name in narrow:
                 tensor.data = tensor.data.float()
+        torch.clear_autocast_cache()
         model.train()
         yield
     finally:
@@ -40,6 +44,7 @@ def in_training(model: nn.Module) -> Iterator[None]:
         for name, tensor in _tensors(model):
             if name in narrow:
                 tensor.data = tensor.data.to(narrow[name])
+        torch.clear_autocast_cache()
 
 
 def is_narrow(tensor: Tensor) -> bool:

@@ -40,6 +40,51 @@ def test_an_early_block_that_did_not_run_is_refused() -> None:
         output(model, LATTE, conditioning={**LATTE.conditioning(), "enable_temporal_attentions": False})
 
 
+class Adding(nn.Module):
+    """A block that may add to its input in place."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.norm, self.linear, self.in_place = nn.LayerNorm(8), nn.Linear(8, 8), in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(self.norm(x))
+        return x.add_(y) if self.in_place else x + y
+
+
+class Stack(nn.Module):
+    """Blocks, of which some write into their input."""
+
+    def __init__(self, in_place: set[int]) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(8, 8), nn.ModuleList([Adding(i in in_place) for i in range(6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_long_skip_that_was_written_into_is_refused(inference: bool) -> None:
+    """It would bring what a later block made of it. A write that no long skip sees changes nothing."""
+    with torch.inference_mode(inference):
+        x = torch.randn(2, 3, 8)
+        for writing in range(1, 5):
+            model = cachekit.add_long_skips(Stack({writing}), pairs=[(1, 4)])
+            # Block 2 writes into what block 1 returned; the late one into its own fused stream.
+            if writing == 2:
+                with pytest.raises(cachekit.ModelError, match=r"'blocks.4' takes in what block 'blocks.1' returned, .*x = x"):
+                    model(x)
+                continue
+            for _ in range(2):
+                found = model(x)
+            plain = Stack(set())
+            plain.load_state_dict(model.state_dict(), strict=False)
+            assert torch.equal(found, plain(x))
+
+
 def test_mismatches_are_said_at_the_first_call() -> None:
     case = original_zoo.HUNYUAN_VIDEO
     with pytest.raises(cachekit.ModelError, match=r"2_to_4 brings .* give pairs="):
@@ -62,6 +107,7 @@ def test_mismatches_are_said_at_the_first_call() -> None:
         ({"pairs": [(0, 5), (1, 5)]}, "only one for each late block"),
         ({"pairs": 3}, r"list of \(early, late\)"),
         ({"pairs": [(0, 5.0)]}, r"list of \(early, late\)"),
+        ({"seed": 1.5}, "a seed is a whole number"),
         ({"width": 0}, "whole number above 0"),
         ({"fusion": partial(Spectral, bound=0)}, "above 0"),
     ],

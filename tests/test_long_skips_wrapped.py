@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from adding import all_cases, output, shaken, some_cases
 from cases import Case
 from running import TIMES, assert_equal, generate, ran
 from torch import Tensor, nn
 from wrapping import identical, snapshot
-from zoo import DIT
+from zoo import DIT, SD3
 
 import cachekit
 from cachekit.policies import every, first
@@ -173,6 +174,19 @@ def test_compiled_blocks(compiled_first: bool) -> None:
     assert ran(model) == ran(reference)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("fusion", ["paper", "residual"])
+def test_a_model_compiled_as_a_whole_is_one_graph(fusion: str, mode: Callable[[], Any]) -> None:
+    """Nothing that carries or fuses a long skip breaks it, and a second call doesn't compile it again."""
+    torch._dynamo.reset()
+    model = shaken(cachekit.add_long_skips(SD3.build(), fusion=fusion, seed=0))
+    expected = [output(model, SD3, t) for t in (500, 400)]
+    model.compile(backend="eager", fullgraph=True)
+    with mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        found = [output(model, SD3, t) for t in (500, 400)]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
 def test_compiled_blocks_are_reused_in_pairs() -> None:
     """The cache stands before a compiled block with its hooks, so that none sees what a reused one returns."""
     model = cachekit.add_long_skips(DIT.build(), fusion="paper", seed=0)
@@ -195,6 +209,24 @@ def test_hooks_of_others_beneath() -> None:
     assert_equal(generate(cachekit.wrap(model, every(1)), DIT, TIMES), expected)
     cachekit.unwrap(cachekit.remove_long_skips(model))
     assert identical(before, snapshot(model))
+
+
+@pytest.mark.parametrize("added_first", [True, False])
+@pytest.mark.parametrize("fusion", ["paper", "residual", "spectral"])
+def test_weights_that_are_offloaded(fusion: str, added_first: bool) -> None:
+    """Accelerate keeps them elsewhere between two calls; fusions that come later stay where they are made."""
+    plain = cachekit.add_long_skips(SD3.build(), fusion=fusion, seed=0)
+    expected = generate(plain, SD3, TIMES)
+    model = SD3.build()
+    if added_first:
+        cachekit.add_long_skips(model, fusion=fusion, seed=0)
+    cpu_offload(model, execution_device="cpu")
+    if not added_first:
+        assert next(model.transformer_blocks[5].parameters()).is_meta
+        cachekit.add_long_skips(model, fusion=fusion, seed=0)
+    assert_equal(generate(model, SD3, TIMES), expected)
+    cached = generate(cachekit.wrap(plain, every(2), segments="skip-1"), SD3, TIMES)
+    assert_equal(generate(cachekit.wrap(model, every(2), segments="skip-1"), SD3, TIMES), cached)
 
 
 @pytest.mark.parametrize("fusion", ["paper", "spectral"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import original_zoo
 import pytest
 import torch
+from adding import all_cases
 from cases import Case
 from retrofitting import Stopped, built, data_of, run, same, some_cases, state_of
+from running import generate, ran
 from torch import Tensor, nn
 from zoo import DIT, FLUX, LATTE, SD3
 
@@ -23,6 +26,21 @@ def test_the_first_stage_changes_the_fusions_alone(case: Case) -> None:
     after = run(model, case, Stage(steps=2, train="fusions"))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key in before if key.startswith("long_skips.")}
+
+
+@all_cases
+def test_a_wrapped_model_of_any_kind_learns_in_both_stages(case: Case) -> None:
+    """From the target and from the original; every fusion and every block changes, and the cache goes on as before."""
+    model = cachekit.wrap(built(case, "paper"), "every-2", segments="skip-1")
+    before = state_of(model)
+    stages = [Stage(steps=2, train=train, lr=1e-3, distill=Distillation()) for train in ("fusions", "all")]
+    after = run(model, case, *stages, ema=None)
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert {key for key in before if key.startswith("long_skips.")} <= set(changed)
+    assert all(any(key.startswith(f"{path}.") for key in changed) for path in case.stack)
+    with torch.no_grad():
+        generate(model, case, (900.0, 800.0))
+    assert sum(ran(model)) == 2 * case.unit
 
 
 @some_cases
@@ -134,10 +152,15 @@ def test_compiled_blocks_train_alike() -> None:
     assert all(torch.allclose(found[key], expected[key], rtol=1e-4, atol=1e-6) for key in expected)
 
 
-def test_checkpointed_blocks_train_alike() -> None:
-    stage = Stage(steps=2, train="all", distill=Distillation())
-    expected = run(built(DIT, "paper"), DIT, stage)
-    model = built(DIT, "paper")
+@some_cases
+@pytest.mark.parametrize("train", ["fusions", "all"])
+def test_checkpointed_blocks_train_alike(case: Case, train: Any) -> None:
+    """Also while the fusions learn alone, when the first streams into them need no gradient. Nothing is held afterwards."""
+    stage = Stage(steps=2, train=train, distill=Distillation())
+    expected = run(built(case, "paper"), case, stage)
+    model = cachekit.wrap(built(case, "paper"), "every-2")
     model.enable_gradient_checkpointing()
-    found = run(model, DIT, stage)
+    found = run(model, case, stage)
     assert all(torch.allclose(found[key], expected[key], rtol=1e-4, atol=1e-6) for key in expected)
+    gc.collect()
+    assert len(model.long_skips.passed) == 0

@@ -29,9 +29,11 @@ from cachekit import Distillation, Stage
         ({"data": lambda step: DIT.inputs(500)}, r"data\(0\) returned dict; return \(inputs, target\)"),
         ({"data": lambda step: (DIT.inputs(500),)}, r"returned dict; return \(inputs, target\)"),
         ({"data": lambda step: (DIT.inputs(500)["hidden_states"], None)}, r"return \(inputs, target\)"),
-        ({"data": lambda step: (DIT.inputs(500), torch.zeros(2, 9, 8, 8))}, "of fewer channels"),
-        ({"data": lambda step: (DIT.inputs(500), torch.zeros(1, 4, 8, 8))}, "of fewer channels"),
-        ({"data": lambda step: (DIT.inputs(500), torch.zeros(4, 8, 8))}, "of fewer channels"),
+        ({"data": lambda step: (DIT.inputs(500), torch.zeros(2, 9, 8, 8))}, "of half the channels"),
+        ({"data": lambda step: (DIT.inputs(500), torch.zeros(1, 4, 8, 8))}, "of half the channels"),
+        ({"data": lambda step: (DIT.inputs(500), torch.zeros(2, 8, 8, 7))}, "of half the channels"),
+        ({"data": lambda step: (DIT.inputs(500), torch.zeros(2, 5, 8, 8))}, "of half the channels"),
+        ({"data": lambda step: (DIT.inputs(500), torch.zeros(4, 8, 8))}, "of half the channels"),
     ],
 )
 def test_mistakes_are_refused(options: dict[str, Any], says: str) -> None:
@@ -59,5 +61,9 @@ def test_models_that_cannot_be_trained() -> None:
     run(model, DIT, FUSIONS)
     with pytest.raises(cachekit.ModelError, match=r"model.requires_grad_\(True\) first"):
         run(model, DIT, FUSIONS, Stage(steps=1, train="all"))
+    with torch.inference_mode():
+        made = built(DIT)
+    with pytest.raises(cachekit.ModelError, match="build the model outside"):
+        run(made, DIT, FUSIONS)
     with pytest.raises(cachekit.ModelError, match="lower lr"):
         run(built(DIT, "paper"), DIT, Stage(steps=4, train="all", lr=1e20))

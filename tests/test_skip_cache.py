@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -113,6 +114,31 @@ def test_the_window_is_equal_to_counting(run: Run) -> None:
             counter.store(torch.zeros(1))
         counter.close()
     assert list(cachekit.plan(rule.policy, ts)) == expected
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_every_window_is_equal_to_counting(n: int) -> None:
+    """Bounds before, at, between and behind all timesteps, also the wrong way round."""
+    ts = [980.0, 820.0, 660.0, 500.0, 340.0, 180.0, 20.0]
+    bounds = [0.0, 1000.0, *ts, *(t - 60.0 for t in ts[:-1])]
+    for start, close in itertools.product(bounds, bounds):
+        counter = Counter(rule := Rule(n, 1, start, close))
+        expected = []
+        for t in ts:
+            expected.append(counter.full(t))
+            if expected[-1]:
+                counter.store(torch.zeros(1))
+            counter.close()
+        assert list(cachekit.plan(rule.policy, ts)) == expected, rule
+
+
+@pytest.mark.parametrize("k", range(1, 5))
+@pytest.mark.parametrize("case", [DEEP_DIT, pytest.param(DEEP_LATTE, marks=pytest.mark.slow), DEEP_HUNYUAN], ids=str)
+def test_every_k_and_period(case: Case, k: int) -> None:
+    """One by one, in a window that begins and ends within the generation."""
+    ts = [float(t) for t in range(900, 0, -110)]
+    for n in range(1, 7):
+        check(case, Rule(n, k, 850.0, 150.0), ts, native=case is DEEP_HUNYUAN)
 
 
 class UBlock(nn.Module):

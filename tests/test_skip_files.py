@@ -30,6 +30,52 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
+def test_an_adapter_that_counts_otherwise_is_refused(tmp_path: Path) -> None:
+    """Pairs of units name other blocks under another adapter; nothing of shapes or names would show it."""
+    path, twos = tmp_path / "new" / "skips.safetensors", cachekit.Adapter(unit=2)
+    model = shaken(cachekit.add_long_skips(DIT.build(), adapter=twos))
+    cachekit.save_long_skips(model, path)
+    for other in (DIT.build(), cachekit.add_long_skips(DIT.build(), pairs=[(0, 2)])):
+        before = snapshot(other)
+        with pytest.raises(cachekit.ConfigError, match=r"s\.1 to .*s\.4, .* from .*s\.0 to .*s\.2; give the adapter="):
+            cachekit.load_long_skips(other, path)
+        assert identical(before, snapshot(other))
+    assert torch.equal(output(cachekit.load_long_skips(DIT.build(), path, adapter=twos), DIT), output(model, DIT))
+
+
+def test_a_width_that_nothing_tells(tmp_path: Path) -> None:
+    """It is in the file."""
+    model = shaken(cachekit.add_long_skips(Bare(), width=6))
+    cachekit.save_long_skips(model, tmp_path / "skips.safetensors")
+    other = cachekit.load_long_skips(Bare(), tmp_path / "skips.safetensors")
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(other(x), model(x)) and not torch.equal(other(x), Bare()(x))
+
+
+class Scaled(nn.Module):
+    """A block without a norm or a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+class Bare(nn.Module):
+    """A stack of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Scaled() for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 @some_cases
 @pytest.mark.parametrize("fusion", ["paper", "residual", "spectral"])
 def test_round_trip(case: Case, fusion: str, tmp_path: Path) -> None:
@@ -65,8 +111,10 @@ def test_a_state_dict_loads_into_a_model_that_has_them() -> None:
     state = model.state_dict()
     with pytest.raises(cachekit.ConfigError, match=r"add_long_skips\(model, fusion=...\) first"):
         cachekit.load_long_skips(DIT.build(), state)
-    other = cachekit.load_long_skips(cachekit.add_long_skips(DIT.build(), fusion="paper"), state)
-    assert torch.equal(output(other, DIT), output(model, DIT))
+    under_ddp = {f"module.{key}": value for key, value in state.items()}
+    for given in (state, under_ddp, {"ema": under_ddp}):
+        other = cachekit.load_long_skips(cachekit.add_long_skips(DIT.build(), fusion="paper"), given)  # type: ignore[arg-type]
+        assert torch.equal(output(other, DIT), output(model, DIT))
 
 
 def test_fusions_of_a_users_own(tmp_path: Path) -> None:
@@ -111,10 +159,36 @@ def test_what_holds_none_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(cachekit.ConfigError, match="no long skip connections in it"):
         cachekit.load_long_skips(DIT.build(), tmp_path / "other.safetensors")
-    with pytest.raises(cachekit.ConfigError, match=r"state\['ema'\]"):
-        cachekit.load_long_skips(DIT.build(), {"ema": {}, "model": {}})  # type: ignore[dict-item]
+    with pytest.raises(cachekit.ConfigError, match=r"state\['weights'\]"):
+        cachekit.load_long_skips(DIT.build(), {"weights": {}, "optimiser": {}})  # type: ignore[dict-item]
     with pytest.raises(cachekit.ModelError, match="add_long_skips"):
         cachekit.save_long_skips(DIT.build(), tmp_path / "skips.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "b.pt"])
+def test_what_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
+    if name == "b.pt":
+        torch.save([1, 2], tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(b"neither")
+    model = DIT.build()
+    before = snapshot(model)
+    with pytest.raises(cachekit.ConfigError, match=r"can't be read|holds a list"):
+        cachekit.load_long_skips(model, tmp_path / name)
+    assert identical(before, snapshot(model))
+
+
+def test_what_is_no_source_and_no_model_is_refused() -> None:
+    with pytest.raises(cachekit.ConfigError, match=r"source=NoneType: give a file's path"):
+        cachekit.load_long_skips(DIT.build(), None)  # type: ignore[arg-type]
+    with pytest.raises(cachekit.ModelError, match=r"pipe\.transformer"):
+        cachekit.load_long_skips("model", {})  # type: ignore[type-var]
+
+
+def test_a_file_of_any_name(tmp_path: Path) -> None:
+    model = shaken(cachekit.add_long_skips(DIT.build()))
+    cachekit.save_long_skips(model, tmp_path / "skips.pt")
+    assert torch.equal(output(cachekit.load_long_skips(DIT.build(), tmp_path / "skips.pt"), DIT), output(model, DIT))
 
 
 def test_others_than_the_models_are_refused(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,37 @@ def test_released_files_and_skip_cache(suffix: str, tmp_path: Path) -> None:
     assert [sum(record.recomputed) for record in model.cachekit.stats.records] == [6, 2, 6, 2]
 
 
+@dataclass
+class Settings:
+    """Of a training, in a class that torch doesn't know."""
+
+    depth: int = 6
+
+
+def test_checkpoints_of_the_authors_trainings(tmp_path: Path) -> None:
+    """As their trainings write them: averaged weights before others, the command line beside them, under compile and DDP."""
+    state = released(original_dit(), WIDTH, 3)
+    expected = output(cachekit.load_long_skips(DIT.build(), state), DIT)
+    wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    worse = released(original_dit(), WIDTH, 3, seed=9)
+    rest = {"opt": {"state": {}, "param_groups": []}, "args": argparse.Namespace(model="DiT-XL/2")}
+    for k, given in enumerate(({"model": worse, "ema": state, **rest}, {"model": state, **rest}, {"ema": wrapped})):
+        torch.save(given, tmp_path / f"{k}.pt")
+        for source in (tmp_path / f"{k}.pt", given):
+            assert torch.equal(output(cachekit.load_long_skips(DIT.build(), source), DIT), expected)  # type: ignore[arg-type]
+    torch.save({"ema": state, "args": Settings()}, tmp_path / "other.pt")
+    with pytest.raises(cachekit.ConfigError, match=r"if you trust it, torch\.load"):
+        cachekit.load_long_skips(DIT.build(), tmp_path / "other.pt")
+
+
+def test_fusions_alone_leave_the_base_weights() -> None:
+    state = released(original_dit(), WIDTH, 3)
+    model = cachekit.load_long_skips(DIT.build(), {key: value for key, value in state.items() if key.startswith("skip_")})
+    plain = DIT.build().state_dict()
+    assert all(torch.equal(value, plain[key]) for key, value in model.state_dict().items() if not key.startswith("long_skips."))
+    assert torch.equal(model.long_skips["0_to_5"].linear.weight, state["skip_linears.2.linear.weight"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -241,6 +274,11 @@ def test_released_files_and_skip_cache(suffix: str, tmp_path: Path) -> None:
         (lambda state: state.update({"x_embedder.proj.bias": torch.zeros(3)}), "another shape: pos_embed.proj.bias"),
         (lambda state: state.pop("skip_norms.2.bias"), "missing: 0_to_5.norm.bias"),
         (lambda state: [state.pop(key) for key in list(state) if ".2." in key and key.startswith("skip")], "has 2 long skip"),
+        (lambda state: [state.pop(key) for key in list(state) if ".1." in key and key.startswith("skip")], "missing: 1_to_4.norm"),
+        (
+            lambda state: [state.update({key.replace(".0.", ".3."): state.pop(key)}) for key in list(state) if "skip" in key],
+            "has 4 long skip",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_changes_nothing(change: Callable[[State], Any], message: str) -> None:
