@@ -29,7 +29,7 @@ CLASSES = (
 )
 FRAMES, SIZE = 8, 32
 FINE_STEPS = 200
-PREDICTION = "v_prediction"
+PREDICTION = "sample"
 CONFIG = {
     "num_attention_heads": 4,
     "attention_head_dim": 32,
@@ -53,7 +53,7 @@ CONFIG = {
 def new_model() -> LatteTransformer3DModel:
     """A Latte of the shipped shape (6 spatial and 6 temporal blocks, width 128, 8 frames of 64 tokens), untrained.
 
-    It predicts the velocity (diffusers' ``v_prediction``) of clips (n, 3, 8, 32, 32) in [-1, 1] at timesteps 0 ... 999 of
+    It predicts the clean clips (diffusers' ``sample``), shape (n, 3, 8, 32, 32) in [-1, 1] at timesteps 0 ... 999 of
     diffusers' linear schedule.
     """
     return LatteTransformer3DModel(**CONFIG).eval()
@@ -94,8 +94,8 @@ def sample(model: Any, scheduler: Any, seed: int, steps: int, clips: int) -> Ten
     handle = getattr(model, "cachekit", None)
     with torch.inference_mode(), handle.session(steps=steps) if handle is not None else contextlib.nullcontext():
         for t in scheduler.timesteps:
-            velocity = model(x, timestep=t.expand(clips), encoder_hidden_states=captions).sample
-            x = scheduler.step(velocity, t, x).prev_sample
+            predicted = model(x, timestep=t.expand(clips), encoder_hidden_states=captions).sample
+            x = scheduler.step(predicted, t, x).prev_sample
     return x
 
 
