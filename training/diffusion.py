@@ -38,8 +38,8 @@ class Task:
         clean, labels: of the training data, shapes (n, ...) and (n,).
         conditions: from labels (batch,) to the model's other arguments.
         scaled: from rows of ``clean`` to the range -1 ... 1.
-        predicts: ``"noise"``, or ``"sample"``: the clean data (Li and He, arXiv 2511.13720). Its error is weighted as the velocity's
-            would be, by 1 / (1 - a) with a = alphas_cumprod[t] (Salimans and Ho, arXiv 2202.00512, appendix D), up to
+        predicts: ``"noise"``, or ``"sample"``: the clean data (Li and He, arXiv 2511.13720). Its error is weighted as the
+            velocity's would be, by 1 / (1 - a) with a = alphas_cumprod[t] (Salimans and Ho, arXiv 2202.00512, appendix D), up to
             ``MOST_WEIGHT``.
     """
 
