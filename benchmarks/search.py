@@ -1,6 +1,7 @@
-"""Searched plans against every fixed schedule with as many full steps, on the shipped model and on seeds that search has not seen.
+"""Searched plans against every fixed schedule with as many full steps, on a shipped model and on seeds that search has not seen.
 
     python benchmarks/search.py --out search.json        # some hours on two cores, nearly all of them for DDIM-50
+    python benchmarks/search.py --out skips.json --target skip-dit --solvers DDIM-20 --sites model skip-1
 
 For each solver and site it runs all fixed schedules (``FIXED``), then searches a plan for each number of full steps at which any of
 them stood, and runs that on the same seeds. What was found is written to ``--out`` as it comes; what stands there is not run again.
@@ -25,6 +26,7 @@ import cachekit
 from cachekit.calibrate import calibrate
 from cachekit.demo import fashion
 from cachekit.demo.measure import relative_error
+from cachekit.demo.shipped import find_target
 from cachekit.search import search
 
 CALIBRATION_SEEDS = range(8)
@@ -77,11 +79,11 @@ def sample(model: Any, scheduler: Any, seeds: range, steps: int) -> Tensor:
 
 
 class Bench:
-    """One solver: measured errors, and the file that they are kept in."""
+    """One solver on one model: measured errors."""
 
-    def __init__(self, name: str, out: Path) -> None:
+    def __init__(self, name: str, target: str) -> None:
         make, self.steps = SOLVERS[name]
-        self.name, self.scheduler, self.model, self.out = name, make(), fashion.load_model(), out
+        self.scheduler, self.model = make(), find_target(target, IMAGES).model
         self._full: Tensor | None = None
 
     def run(self, policy: Any, segments: Any, reuse: Any) -> tuple[tuple[bool, ...], Tensor]:
@@ -95,7 +97,7 @@ class Bench:
     def errors(self, found: Tensor) -> list[float]:
         """The relative error of each seed."""
         if self._full is None:
-            self._full = self.run("every-1", "middle", None)[1]
+            self._full = self.run("every-1", "model", None)[1]
         pairs = zip(found.split(IMAGES), self._full.split(IMAGES), strict=True)
         return [relative_error(a, b) for a, b in pairs]
 
@@ -109,9 +111,9 @@ class Bench:
                 rows.append({**row, "recompute": [i for i, ran in enumerate(full) if ran]})
         return rows
 
-    def calibration(self) -> Any:
+    def calibration(self, sites: list[str]) -> Any:
         half = len(CALIBRATION_SEEDS) // 2
-        return calibrate(self.model, self.numbered(half), runs=2, sites=SITES)
+        return calibrate(self.model, self.numbered(half), runs=2, sites=sites)
 
     def numbered(self, seeds: int) -> Any:
         """``sample(run)``: each run is so many of the calibration's seeds."""
@@ -166,12 +168,12 @@ def report(name: str, site: str, rows: list[dict[str, Any]], plans: dict[int, di
 
 def run(name: str, args: argparse.Namespace) -> None:
     """Everything of one solver."""
-    bench = Bench(name, args.out)
+    bench = Bench(name, args.target)
     kept = Kept(args.out.with_name(f"{args.out.stem}-{name}.json"))
     rows = {site: kept.get(f"fixed {site}", functools.partial(bench.fixed, site)) for site in args.sites}
     file = args.out.with_name(f"{args.out.stem}-{name}-calibration.json")
     if not file.exists():
-        bench.calibration().save(file)
+        bench.calibration(args.sites).save(file)
     calibration = cachekit.Calibration.load(file)
     for site in args.sites:
         plans = {}
@@ -184,6 +186,7 @@ def run(name: str, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("search.json"))
+    parser.add_argument("--target", default="plain", help="an image model of `cachekit compare`: plain, skip-dit, retrofit")
     parser.add_argument("--solvers", nargs="*", default=list(SOLVERS))
     parser.add_argument("--sites", nargs="*", default=list(SITES))
     parser.add_argument("--full", nargs="*", type=int, help="numbers of full steps, in this order; all by default")
