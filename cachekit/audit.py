@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cachekit.branch import Branch
 from cachekit.call import Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.estimates import Error
-from cachekit.session import Branch
 from cachekit.stats import Audit, SiteAudit
 from cachekit.tree import get, replaced, tensors, walk
 from cachekit.whole import VISIT

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cachekit.branch import Branch, Key
 from cachekit.errors import ConfigError
 from cachekit.estimates import Miss, forecast_error
 from cachekit.peek import Peeker
@@ -16,7 +17,6 @@ from cachekit.policy import Step
 from cachekit.reuse import History
 from cachekit.samples import Part, Samples
 from cachekit.segments import Site
-from cachekit.session import Branch, Key
 from cachekit.signals import LACKING, PROBES, Compared, Comparison, Of, Signal
 from cachekit.spans import Span
 from cachekit.tree import Path, tensors

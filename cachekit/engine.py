@@ -14,6 +14,7 @@ from torch import nn
 from cachekit.adapter import Adapter
 from cachekit.again import Again
 from cachekit.audit import Auditor, Shadow, ShadowCall, audit
+from cachekit.branch import Branch, Name
 from cachekit.call import GraphChanged, Original, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ModelError
@@ -22,13 +23,14 @@ from cachekit.guidance_batch import BatchedPasses
 from cachekit.guidance_calls import SeparatePasses
 from cachekit.inputs import Inputs, Reader
 from cachekit.interceptors import WHOLE, Interceptors
+from cachekit.lane import Lane, Placed
 from cachekit.lanes import Lanes
 from cachekit.peek import Peeker
 from cachekit.policy import Step
 from cachekit.running import Running
 from cachekit.sample_decisions import decisions_for
 from cachekit.segments import Site
-from cachekit.session import Branch, Generation, Lane, Name, Placed, step_of
+from cachekit.session import Generation, step_of
 from cachekit.stats import Record, Stats
 from cachekit.tree import tensors
 from cachekit.under_way import UnderWay

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cachekit.branch import Branch
 from cachekit.call import Given, PlainCall
 from cachekit.graph import signature
 from cachekit.guidance import BEFORE, PassDecisions, Run
-from cachekit.session import Branch, Generation
+from cachekit.session import Generation
 from cachekit.trajectory import Comparer
 from cachekit.tree import Path, replaced, tensors, without_tensors
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from cachekit.adapter import Adapter
 from cachekit.blocks import find_blocks
+from cachekit.branch import Name
 from cachekit.graph import Graph
 from cachekit.inside import ATTENTION, CROSS, MLP, Role, find_modules
 from cachekit.patch import Patch
 from cachekit.peek import Peeker, intercept_look
-from cachekit.session import Name
 from cachekit.under_way import UnderWay
 from cachekit.values import Projection, projections
 

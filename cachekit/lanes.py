@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cachekit.session import Generation, Lane, Name
+from cachekit.branch import Name
+from cachekit.lane import Lane
+from cachekit.session import Generation
 
 
 class Lanes:

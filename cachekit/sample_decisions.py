@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from cachekit.branch import Branch
 from cachekit.decisions import Decisions
 from cachekit.peek import Peeker
 from cachekit.policy import Step
@@ -13,7 +14,6 @@ from cachekit.sample_history import SampleHistory
 from cachekit.sampled import Sampled
 from cachekit.samples import Part, Samples
 from cachekit.segments import Site
-from cachekit.session import Branch
 from cachekit.signals import Signal
 from cachekit.tree import Path
 from cachekit.verdict import decided

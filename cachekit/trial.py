@@ -7,11 +7,11 @@ from typing import Any
 
 from cachekit.alone import Alone
 from cachekit.batched import CannotSplit, compared, inputs_of
+from cachekit.branch import Branch
 from cachekit.call import Given, PlainCall
 from cachekit.sampled import Batched, Sampled
 from cachekit.samples import Part
 from cachekit.segments import Site
-from cachekit.session import Branch
 from cachekit.tree import Path
 
 

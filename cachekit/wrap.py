@@ -11,6 +11,7 @@ from torch import nn
 
 from cachekit import guidance
 from cachekit.adapter import Adapter, adapter_for
+from cachekit.branch import Name
 from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
 from cachekit.for_model import bound
@@ -19,7 +20,7 @@ from cachekit.preset import Preset, settled
 from cachekit.refresh import check, refreshes
 from cachekit.reuse import parse_reuse
 from cachekit.segments import Site, parse_segments
-from cachekit.session import Generation, Name
+from cachekit.session import Generation
 from cachekit.signals import INSIDE, LACKING
 from cachekit.spec import parse_policy
 from cachekit.stats import Stats

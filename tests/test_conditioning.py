@@ -15,8 +15,8 @@ from wrapping import stats
 
 import cachekit
 from cachekit import ConfigError, ModelError
+from cachekit.lane import NEW_ARGUMENTS
 from cachekit.policies import every, first
-from cachekit.session import NEW_ARGUMENTS
 
 
 class Mode(Enum):

@@ -17,8 +17,8 @@ from wrapping import handle, stats
 from zoo import DIT, PIXART
 
 import cachekit
+from cachekit.lane import LEFT_OUT
 from cachekit.policies import every, first
-from cachekit.session import LEFT_OUT
 
 # Whatever is reused here was stored at the first step: values of another generation can't be missed.
 HELD = first(1)

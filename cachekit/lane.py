@@ -1,0 +1,136 @@
+"""Where a call belongs: the generations of one thread or task, and how they are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachekit.branch import Branch, Name
+from cachekit.conditions import conditions
+from cachekit.inputs import Inputs
+from cachekit.session import Generation
+from cachekit.trajectory import AGAIN, Comparer, Trace
+
+# A loop that looks like a new branch at every step must not keep a store for each.
+MOST_BRANCHES = 8
+
+NEW_ARGUMENTS = "arguments that no branch had before"
+LEFT_OUT = "a branch that was left out for more steps than before"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a call belongs: its branch, and whether that began a generation; ``doubt`` says what was ambiguous."""
+
+    branch: Branch
+    new_generation: bool = False
+    doubt: str | None = None
+
+
+class Lane:
+    """The generations of one thread or asyncio task."""
+
+    def __init__(self) -> None:
+        self.generation: Generation | None = None
+        self.names: list[Name] = []
+        self.disabled = 0
+        self.nbytes = 0
+        self.comparer = Comparer()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether anything of a generation is stored."""
+        return self.generation is not None and bool(self.generation.branches)
+
+    def pass_by(self, t: float | None) -> None:
+        """A call at t is made without the cache: what was left out for it is older than its branch's steps say."""
+        if self.generation is not None and t is not None:
+            self.generation.pass_by(t)
+
+    @property
+    def name(self) -> Name:
+        return self.names[-1] if self.names else Name()
+
+    def place(self, inputs: Inputs, known_direction: bool) -> Placed:
+        """Find the branch that a call continues, or begin one, or begin a generation."""
+        generation, t = self.generation, inputs.t
+        if t is None:
+            raise ValueError("a call with mixed timesteps has no place in a generation")
+        if generation is None or generation.t is None:
+            return self._begin(inputs, generation)
+        fitting = [branch for branch in generation.branches if branch.fits(inputs, self.name, self.comparer)]
+        if generation.rising is None and t != generation.t:
+            upwards = t > generation.t and not known_direction
+            generation.rising = upwards and bool(fitting) and self._doubt(fitting[0], inputs) is None
+        if t != generation.t and not generation.ahead(generation.t, t):
+            return self._begin(inputs, generation)
+        # First: branches of one generation share their samples, so that a second evaluation of one that is here already can't be
+        # the first one of another that fits as well but has stayed behind (the twin that an aborted run left).
+        if (placed := self._same_time(generation, fitting, inputs)) is not None:
+            return placed
+        doubt, twins = None, []
+        for branch in fitting:
+            if generation.ahead(branch.t, t):
+                doubt = None if generation.explicit else self._doubt(branch, inputs)
+                if doubt is None:
+                    return self._continue(generation, branch, inputs)
+                if doubt == AGAIN:
+                    return Placed(self._begin(inputs, None).branch, True, doubt)
+            elif not generation.explicit and not self._same_sample(branch, inputs):
+                doubt = self._doubt(branch, inputs)
+            elif not generation.explicit and branch.i == 0 and branch.trace is not None and not branch.trace.ends_in(inputs.sample):
+                twins.append(branch)
+        if not fitting and t != generation.t and any(branch.name == self.name for branch in generation.branches):
+            doubt = NEW_ARGUMENTS
+        begun = self._branch(generation, inputs)
+        begun.twins = twins
+        return Placed(begun, False, doubt)
+
+    def _same_time(self, generation: Generation, fitting: Sequence[Branch], inputs: Inputs) -> Placed | None:
+        rivals = [branch for branch in generation.branches if branch.name == self.name or not self.name.binding]
+        here = [branch for branch in rivals if branch.t == inputs.t]
+        other_sample = bool(here) and not any(self._same_sample(branch, inputs) for branch in here)
+        # Where some have stayed behind, generations take turns.
+        if other_sample and not generation.explicit and all(branch.i == 0 and branch.t == inputs.t for branch in rivals):
+            return self._begin(inputs, generation)
+        for branch in fitting:
+            if branch.t == inputs.t and (branch.name.binding or not self._same_sample(branch, inputs)):
+                doubt = None if generation.explicit else self._doubt(branch, inputs)
+                if other_sample and doubt == AGAIN:
+                    return self._begin(inputs, generation)
+                # What is unlike it is no second evaluation of its step, but of a generation that begins here.
+                if doubt in (None, AGAIN):
+                    return self._continue(generation, branch, inputs)
+        return None
+
+    def _begin(self, inputs: Inputs, generation: Generation | None) -> Placed:
+        explicit = generation is not None and generation.explicit
+        steps = generation.steps if generation is not None else None
+        self.generation = Generation(steps, explicit)
+        return Placed(self._branch(self.generation, inputs), True)
+
+    def _branch(self, generation: Generation, inputs: Inputs) -> Branch:
+        trace = None if inputs.sample is None else Trace.start(inputs.sample)
+        branch = Branch(self.name, inputs, trace, conditions(inputs.conditioning), leads=generation.t is None)
+        generation.branches.append(branch)
+        del generation.branches[:-MOST_BRANCHES]
+        branch.met = generation.reach(inputs.t)
+        return branch
+
+    def _continue(self, generation: Generation, branch: Branch, inputs: Inputs) -> Placed:
+        branch.move(inputs)
+        left_out, branch.met = generation.reach(inputs.t) - branch.met, generation.nodes
+        if left_out <= branch.stride:
+            return Placed(branch)
+        # Guidance that is on again, a prompt that is back: what is stored is older than any policy takes it for.
+        branch.stride = left_out
+        branch.drop()
+        return Placed(branch, doubt=LEFT_OUT)
+
+    def _doubt(self, branch: Branch, inputs: Inputs) -> str | None:
+        if branch.trace is None or inputs.sample is None:
+            return None
+        return branch.trace.follows(inputs.sample, self.comparer)
+
+    def _same_sample(self, branch: Branch, inputs: Inputs) -> bool:
+        return branch.trace is not None and inputs.sample is not None and branch.trace.ends_at(inputs.sample, self.comparer)
