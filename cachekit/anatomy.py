@@ -119,7 +119,7 @@ def graph(model: nn.Module, *inputs: Any, adapter: Adapter | str | None = None, 
         stack.enter_context(_modules_patched(model, facts, recorder))
         stack.enter_context(torch.no_grad())
         if handle is not None:
-            stack.enter_context(handle.disabled())
+            stack.enter_context(handle._engine.lanes.disabled(aside=True))
         result = model(*inputs, **kwargs)
     found = recorder.modules.onto(recorder.watch.graph())
     if not found.visits:

@@ -34,13 +34,14 @@ class Lane:
         self.generation: Generation | None = None
         self.names: list[Name] = []
         self.disabled = 0
+        self.aside = 0
         self.nbytes = 0
         self.comparer = Comparer()
 
     @property
     def under_way(self) -> bool:
-        """Whether anything of a generation is stored."""
-        return self.generation is not None and bool(self.generation.branches)
+        """Whether anything of a generation is stored that a call can be a step of."""
+        return not self.aside and self.generation is not None and bool(self.generation.branches)
 
     def pass_by(self, t: float | None) -> None:
         """A call at t is made without the cache: what was left out for it is older than its branch's steps say."""

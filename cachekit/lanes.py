@@ -78,11 +78,11 @@ class Lanes:
             self.count_bytes(lane)
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Calls within run as if the model were not wrapped."""
+    def disabled(self, aside: bool = False) -> Iterator[None]:
+        """Calls within run as if the model were not wrapped; with ``aside`` they are no steps that a generation misses."""
         lane = self.current
-        lane.disabled += 1
+        lane.disabled, lane.aside = lane.disabled + 1, lane.aside + aside
         try:
             yield
         finally:
-            lane.disabled -= 1
+            lane.disabled, lane.aside = lane.disabled - 1, lane.aside - aside
