@@ -1,7 +1,7 @@
 """Searched plans against every fixed schedule with as many full steps, on a shipped model and on seeds that search has not seen.
 
     python benchmarks/search.py --out search.json        # some hours on two cores, nearly all of them for DDIM-50
-    python benchmarks/search.py --out skips.json --target skip-dit --solvers DDIM-20 --sites model skip-1
+    python benchmarks/search.py --out skips.json --target skip-dit --solvers DDIM-20 --sites model --runs 6 --seeds 24
 
 For each solver and site it runs all fixed schedules (``FIXED``), then searches a plan for each number of full steps at which any of
 them stood, and runs that on the same seeds. What was found is written to ``--out`` as it comes; what stands there is not run again.
@@ -29,8 +29,8 @@ from cachekit.demo.measure import relative_error
 from cachekit.demo.shipped import find_target
 from cachekit.search import search
 
-CALIBRATION_SEEDS = range(8)
-REPORT_SEEDS = range(2000, 2006)
+# Of a run of the calibration, which makes two; candidates may be compared on more of them (``--runs``).
+SEEDS_A_RUN = 4
 IMAGES = 4
 SITES = ("model", "middle")
 SOLVERS = {
@@ -81,15 +81,16 @@ def sample(model: Any, scheduler: Any, seeds: range, steps: int) -> Tensor:
 class Bench:
     """One solver on one model: measured errors."""
 
-    def __init__(self, name: str, target: str) -> None:
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
         make, self.steps = SOLVERS[name]
-        self.scheduler, self.model = make(), find_target(target, IMAGES).model
+        self.scheduler, self.model = make(), find_target(args.target, IMAGES).model
+        self.seeds = range(args.first_seed, args.first_seed + args.seeds)
         self._full: Tensor | None = None
 
     def run(self, policy: Any, segments: Any, reuse: Any) -> tuple[tuple[bool, ...], Tensor]:
         """Which steps were full, and the report seeds' images."""
         cachekit.wrap(self.model, policy, segments=segments, reuse=reuse)
-        found = sample(self.model, self.scheduler, REPORT_SEEDS, self.steps)
+        found = sample(self.model, self.scheduler, self.seeds, self.steps)
         full = tuple(all(record.recomputed) for record in self.model.cachekit.stats.records)
         cachekit.unwrap(self.model)
         return full, found
@@ -112,16 +113,13 @@ class Bench:
         return rows
 
     def calibration(self, sites: list[str]) -> Any:
-        half = len(CALIBRATION_SEEDS) // 2
-        return calibrate(self.model, self.numbered(half), runs=2, sites=sites)
+        return calibrate(self.model, self.numbered, runs=2, sites=sites)
 
-    def numbered(self, seeds: int) -> Any:
-        """``sample(run)``: each run is so many of the calibration's seeds."""
-        return lambda run: sample(self.model, self.scheduler, CALIBRATION_SEEDS[run * seeds : (run + 1) * seeds], self.steps)
+    def numbered(self, run: int) -> Tensor:
+        return sample(self.model, self.scheduler, range(run * SEEDS_A_RUN, (run + 1) * SEEDS_A_RUN), self.steps)
 
-    def searched(self, calibration: Any, site: str, full: int, tries: int) -> dict[str, Any]:
-        half = len(CALIBRATION_SEEDS) // 2
-        front = search(calibration, self.model, self.numbered(half), budget=full, sites=[site], tries=tries)
+    def searched(self, calibration: Any, site: str, full: int, args: argparse.Namespace) -> dict[str, Any]:
+        front = search(calibration, self.model, self.numbered, budget=full, sites=[site], tries=args.tries, runs=range(args.runs))
         plan = front.best
         ran, found = self.run(plan, None, None)
         return {
@@ -153,7 +151,8 @@ def spread(errors: list[float]) -> str:
 
 
 def report(name: str, site: str, rows: list[dict[str, Any]], plans: dict[int, dict[str, Any]]) -> None:
-    print(f"\n{name}, segments={site!r}: mean error and its standard deviation over {len(REPORT_SEEDS)} seeds")
+    seeds = len(rows[0]["errors"])
+    print(f"\n{name}, segments={site!r}: mean error and its standard deviation over {seeds} seeds")
     for full in sorted(plans):
         rivals = [row for row in rows if row["full"] == full]
         best = min(rivals, key=lambda row: np.mean(row["errors"]))
@@ -162,13 +161,13 @@ def report(name: str, site: str, rows: list[dict[str, Any]], plans: dict[int, di
         ratio = np.mean(plan["errors"]) / np.mean(best["errors"])
         print(
             f"  {full:3} full  plan {spread(plan['errors'])}  best of {len(rivals):2} fixed {spread(best['errors'])}"
-            f"  ratio {ratio:.2f}, better on {wins} of {len(REPORT_SEEDS)} seeds  ({best['name']})"
+            f"  ratio {ratio:.2f}, better on {wins} of {seeds} seeds  ({best['name']})"
         )
 
 
 def run(name: str, args: argparse.Namespace) -> None:
     """Everything of one solver."""
-    bench = Bench(name, args.target)
+    bench = Bench(name, args)
     kept = Kept(args.out.with_name(f"{args.out.stem}-{name}.json"))
     rows = {site: kept.get(f"fixed {site}", functools.partial(bench.fixed, site)) for site in args.sites}
     file = args.out.with_name(f"{args.out.stem}-{name}-calibration.json")
@@ -179,7 +178,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         plans = {}
         stood = {row["full"] for row in rows[site]} - {bench.steps}
         for full in sorted(stood) if args.full is None else [full for full in args.full if full in stood]:
-            plans[full] = kept.get(f"plan {site} {full}", functools.partial(bench.searched, calibration, site, full, args.tries))
+            plans[full] = kept.get(f"plan {site} {full}", functools.partial(bench.searched, calibration, site, full, args))
         report(name, site, rows[site], plans)
 
 
@@ -191,6 +190,9 @@ def main() -> None:
     parser.add_argument("--sites", nargs="*", default=list(SITES))
     parser.add_argument("--full", nargs="*", type=int, help="numbers of full steps, in this order; all by default")
     parser.add_argument("--tries", type=int, default=40)
+    parser.add_argument("--first-seed", type=int, default=2000, help="of those that errors are reported on")
+    parser.add_argument("--seeds", type=int, default=6, help="how many these are")
+    parser.add_argument("--runs", type=int, default=2, help="runs of four seeds, 0 and on, that candidates are compared on")
     args = parser.parse_args()
     for name in args.solvers:
         run(name, args)
