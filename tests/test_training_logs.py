@@ -59,8 +59,9 @@ def test_the_classifiers_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["image_dit", "image_skip_dit"])
 def test_an_image_models_log(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first 300 steps: two and a half minutes on a core."""
     script, log = imported(monkeypatch, "training", name), known(f"{name}.jsonl")
-    run(monkeypatch, script, "--data", fashion_mnist(), "--out", tmp_path, "--until", log[0]["step"])
+    run(monkeypatch, script, "--data", fashion_mnist(), "--out", tmp_path, "--until", log[2]["step"])
     assert_beginning(lines(tmp_path / "log.jsonl"), log)
 
 
