@@ -44,7 +44,7 @@ def sample_grid(target: Target, title: str, found: Sequence[Measured], path: Pat
     for spine in box.spines.values():
         spine.set_visible(False)
     figure.suptitle(title, x=0.02, y=1 - 0.12 / figure.get_figheight(), ha="left", va="top", fontsize=11)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
