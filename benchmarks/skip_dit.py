@@ -153,7 +153,7 @@ def markdown(name: str, solver: dict[str, Any], times: dict[str, tuple[float, fl
 
 def family(name: str, row: dict[str, Any]) -> str:
     """What a row is an example of."""
-    label, skips = row["label"], "skip" in name
+    label, skips = row["label"], "skip" in name or name == "retrofit"
     if row["kind"] != "cached":
         return {"uncached": "", "fewer": f"{name}, fewer steps", "better": f"{name}, DPM-Solver++(2M)"}[row["kind"]]
     if "@model" in label:

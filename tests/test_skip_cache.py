@@ -102,18 +102,22 @@ def test_the_deep_state_forecast(case: Case, run: Run) -> None:
     check(case, *run, native=case is DEEP_HUNYUAN)
 
 
+def counted(rule: Rule, ts: Sequence[float]) -> list[bool]:
+    """Which steps are full, by the counter and its clearing."""
+    counter, found = Counter(rule), []
+    for t in ts:
+        found.append(counter.full(t))
+        if found[-1]:
+            counter.store(torch.zeros(1))
+        counter.close()
+    return found
+
+
 @given(runs())
 def test_the_window_is_equal_to_counting(run: Run) -> None:
     """No state but the step's index and the timestep before is needed for the counter, and for its clearing."""
     rule, ts = run
-    counter = Counter(rule)
-    expected = []
-    for t in ts:
-        expected.append(counter.full(t))
-        if expected[-1]:
-            counter.store(torch.zeros(1))
-        counter.close()
-    assert list(cachekit.plan(rule.policy, ts)) == expected
+    assert list(cachekit.plan(rule.policy, ts)) == counted(rule, ts)
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -122,14 +126,8 @@ def test_every_window_is_equal_to_counting(n: int) -> None:
     ts = [980.0, 820.0, 660.0, 500.0, 340.0, 180.0, 20.0]
     bounds = [0.0, 1000.0, *ts, *(t - 60.0 for t in ts[:-1])]
     for start, close in itertools.product(bounds, bounds):
-        counter = Counter(rule := Rule(n, 1, start, close))
-        expected = []
-        for t in ts:
-            expected.append(counter.full(t))
-            if expected[-1]:
-                counter.store(torch.zeros(1))
-            counter.close()
-        assert list(cachekit.plan(rule.policy, ts)) == expected, rule
+        rule = Rule(n, 1, start, close)
+        assert list(cachekit.plan(rule.policy, ts)) == counted(rule, ts), rule
 
 
 @pytest.mark.parametrize("k", range(1, 5))
