@@ -132,6 +132,25 @@ def test_the_loss_of_a_prediction_without_error_is_zero(predicts: str, video: An
     assert all(loss > 0.1 for loss in losses.values())
 
 
+def test_the_error_of_a_sample_counts_as_its_velocitys(video: Any, tmp_path: Path) -> None:
+    """v = (sqrt(a) noisy - sample) / sqrt(1 - a), but for timesteps next to the data, where that would grow without bound."""
+    clip, predicted, noise = torch.randn(3, 4, 3, 2, 4, 4, dtype=torch.float64)
+    args = video.argparse.Namespace(out=tmp_path, lr=0.0, batch=4, seed=0, steps=10)
+    run = video.diffusion.Run(
+        video.diffusion.Task(Exact(clip, "sample"), clip, torch.zeros(4), lambda labels: {}, predicts="sample"), args
+    )
+    alphas = run.noising.alphas_cumprod.double()
+    for low, high in ((900, 999), (300, 301), (80, 90)):
+        t = torch.randint(low, high, (4,))
+        a = alphas[t].reshape(-1, 1, 1, 1, 1)
+        noisy = a.sqrt() * clip + (1 - a).sqrt() * noise
+        error = (a.sqrt() * noisy - predicted) / (1 - a).sqrt() - (a.sqrt() * noise - (1 - a).sqrt() * clip)
+        # The scheduler keeps its alphas in single precision: 6e-8 of them, divided by 1 - a >= .05.
+        assert float(run.loss(predicted, clip, noise, t)) == pytest.approx(float(error.square().mean()), rel=1e-5)
+    close = torch.zeros(4, dtype=torch.long)
+    assert float(run.loss(predicted, clip, noise, close)) == pytest.approx(20 * float((predicted - clip).square().mean()))
+
+
 def test_sampling_with_a_prediction_without_error_ends_at_the_clip() -> None:
     """So solvers and training mean the same by a prediction; DDIM's last step goes to the clean clip itself."""
     clip = torch.rand(1, 3, clips.FRAMES, clips.SIZE, clips.SIZE) * 2 - 1
