@@ -11,6 +11,7 @@ from cachekit.disturb import measure_amplification
 from cachekit.errors import CachekitError, ConfigError, ModelError
 from cachekit.findings import Finding, Report
 from cachekit.for_model import ForModel
+from cachekit.front import Budget, Front
 from cachekit.graph import Cost, Graph, Visit
 from cachekit.long_skips import add_long_skips, remove_long_skips
 from cachekit.plan_file import Plan
@@ -19,7 +20,7 @@ from cachekit.preset import Preset
 from cachekit.retrofit import retrofit
 from cachekit.reuse import Forecast, Reuse
 from cachekit.schedule import Schedule, plan
-from cachekit.search import Budget, Front, search
+from cachekit.search import search
 from cachekit.segments import Segment
 from cachekit.signals import Comparison, Signal
 from cachekit.skip_files import load_long_skips, save_long_skips

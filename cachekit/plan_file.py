@@ -15,7 +15,7 @@ from cachekit.errors import ConfigError
 from cachekit.for_model import ForModel
 from cachekit.policies.planned import planned
 from cachekit.preset import Preset
-from cachekit.reuse import Forecast, Reuse, parse_reuse
+from cachekit.reuse import Blend, Forecast, Reuse, parse_reuse
 from cachekit.segments import Segment, parse_segments
 
 Where = str | os.PathLike[str]
@@ -107,6 +107,7 @@ class ReuseSpec(BaseModel):
     beta: NonNegativeFloat = 0.0
     bound: PositiveFloat = 5.0
     axis: Literal["t", "grid"] = "t"
+    blend: Blend = 0.0
 
     @classmethod
     def of(cls, reuse: Any) -> ReuseSpec:
@@ -120,10 +121,10 @@ class ReuseSpec(BaseModel):
             raise ConfigError(
                 f"reuse={reuse!r} can't be kept in a file; use 'output', 'residual', 'taylor-K' or a Forecast along t or the grid"
             )
-        return cls(order=made.order, beta=made.beta, bound=made.bound, axis=made.axis)
+        return cls(order=made.order, beta=made.beta, bound=made.bound, axis=made.axis, blend=made.blend)
 
     def reuse(self) -> Reuse:
-        return Forecast(self.order, beta=self.beta, bound=self.bound, axis=self.axis)
+        return Forecast(self.order, beta=self.beta, bound=self.bound, axis=self.axis, blend=self.blend)
 
 
 class Plan(BaseModel):

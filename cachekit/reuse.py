@@ -6,10 +6,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from itertools import zip_longest
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from cachekit.policy import STRICT, Step
 from cachekit.spec import known_reuses, make
 
 Axis = Literal["t", "grid"] | Callable[[float], float]
+Blend = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 @runtime_checkable
@@ -71,6 +73,8 @@ class Forecast:
         axis: the polynomial's variable. ``"t"``: the timestep. ``"grid"``: the position on the sampler's own grid of timesteps,
             which is t where the grid is even in t, and the log-SNR where it is even in that (docs/compare.md has both measured).
             A function: what it makes of the timestep, different for different ones.
+        blend: share of the forecast of one order more, below 1; the rest is the forecast of ``order``. Where one falls short and
+            the other overshoots, what lies between is nearer than either. Each is lowered for itself, as ``order`` is.
     """
 
     order: NonNegativeInt = 0
@@ -78,10 +82,16 @@ class Forecast:
     beta: NonNegativeFloat = 0.0
     bound: PositiveFloat = 5.0
     axis: Axis = "t"
+    blend: Blend = 0.0
+
+    @property
+    def highest(self) -> int:
+        """The highest order that is used."""
+        return self.order + (self.blend > 0)
 
     @property
     def length(self) -> int:
-        return self.order + 1
+        return self.highest + 1
 
     def time(self, step: Step) -> float:
         """The step's timestep, its index among the different timesteps so far, or the axis' function of its timestep."""
@@ -91,7 +101,14 @@ class Forecast:
 
     def weights(self, times: Sequence[float], t: float) -> list[float]:
         """One weight for each time used, newest first, and none for older ones."""
-        return self._bounded(times, t)[1]
+        order, below = self._bounded(self.order, times, t)
+        if not self.blend:
+            return below
+        higher, above = self._bounded(self.highest, times, t)
+        # Two equal ones are not mixed: rounding would spoil a weight of one.
+        if higher == order:
+            return below
+        return [b + self.blend * (a - b) for a, b in zip_longest(above, below, fillvalue=0.0)]
 
     def rival(self, times: Sequence[float], t: float) -> list[float] | None:
         """Weights of the order below the one in use, or of order 1 where that is 0; None where there are too few values.
@@ -100,12 +117,13 @@ class Forecast:
         """
         if len(times) == 1 or t == times[0]:
             return None
-        order = self._bounded(times, t)[0]
+        order = self._bounded(self.order, times, t)[0]
         return [1.0] if order == 1 else self.of_order(order - 1 if order else 1, times, t)
 
-    def _bounded(self, times: Sequence[float], t: float) -> tuple[int, list[float]]:
+    def _bounded(self, most: int, times: Sequence[float], t: float) -> tuple[int, list[float]]:
+        """The highest order up to so much that the history and the bound allow, and its weights."""
         if t != times[0]:
-            for order in range(min(self.order, len(times) - 1), 0, -1):
+            for order in range(min(most, len(times) - 1), 0, -1):
                 result = self.of_order(order, times, t)
                 if sum(map(abs, result)) <= self.bound:
                     return order, result
@@ -183,7 +201,7 @@ def push(store: dict[Any, History], key: Any, t: float, value: Tensor) -> None:
 
 ADVICE = (
     "write 'output', 'residual', 'taylor-K', 'residual-taylor-K' (K = 1, 2, ...), 'grid-taylor-K', "
-    "'residual-grid-taylor-K' or cachekit.Forecast(order=..., beta=..., bound=..., axis=...)"
+    "'residual-grid-taylor-K' or cachekit.Forecast(order=..., beta=..., bound=..., axis=..., blend=...)"
 )
 
 

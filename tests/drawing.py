@@ -118,6 +118,7 @@ def forecasts(betas: Sequence[float] = (0.0, 0.5, 1.0)) -> st.SearchStrategy[For
         beta=st.sampled_from(betas),
         bound=st.sampled_from((1.5, 5.0, 50.0)),
         axis=st.sampled_from(("t", "grid")),
+        blend=st.sampled_from((0.0, 0.0, 0.25, 0.875)),
     )
 
 

@@ -59,8 +59,16 @@ def remember(history: History, now: float, value: Tensor) -> None:
 
 
 def forecast(history: History, now: float, reuse: Forecast) -> Tensor:
-    """The value of a polynomial through the newest entries of a history."""
-    weights = expected_weights(reuse.order, reuse.bound, [time for time, _ in history[: reuse.order + 1]], now)
+    """The value of a polynomial through the newest entries of a history, or what lies between two of them."""
+    below = through(history, now, reuse.order, reuse.bound)
+    if not reuse.blend:
+        return below
+    return below + reuse.blend * (through(history, now, reuse.order + 1, reuse.bound) - below)
+
+
+def through(history: History, now: float, order: int, bound: float) -> Tensor:
+    """The value of one polynomial."""
+    weights = expected_weights(order, bound, [time for time, _ in history[: order + 1]], now)
     total = weights[0] * history[0][1]
     for weight, (_, value) in zip(weights[1:], history[1:], strict=False):
         total = total + weight * value

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -48,6 +49,20 @@ def test_the_order_falls_until_the_weights_are_bounded(order: int, bound: float,
     theirs = expected_weights(order, bound, nodes[:length], float(t))
     assert [w for w in ours if w != 0] == pytest.approx([w for w in theirs if w != 0], rel=1e-12)
     assert sum(map(abs, ours)) <= max(bound, 1.0)
+
+
+@given(forecasts().filter(lambda reuse: reuse.blend > 0), nodes_of_five, st.integers(1, 5), st.integers(0, 999))
+def test_a_blend_lies_between_two_orders(reuse: Forecast, nodes: list[float], length: int, t: int) -> None:
+    """Of each of them its share, each lowered for itself; so the bound holds as well, and one value more is kept."""
+    ours = reuse.weights(nodes[:length], float(t))
+    below, above = (
+        replace(reuse, blend=0.0, order=order).weights(nodes[:length], float(t)) for order in (reuse.order, reuse.order + 1)
+    )
+    expected = [(1 - reuse.blend) * a + reuse.blend * b for a, b in zip_longest(below, above, fillvalue=0.0)]
+    # Each of the three products and sums rounds once, to 2^-53 of numbers no larger than the bound allows.
+    assert ours == pytest.approx(expected, abs=4 * 2**-53 * reuse.bound)
+    assert sum(map(abs, ours)) <= max(reuse.bound, 1.0) * (1 + 1e-12)
+    assert reuse.length == reuse.order + 2
 
 
 @given(forecasts(), nodes_of_five, st.integers(0, 4), st.integers(1, 5))

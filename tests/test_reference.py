@@ -61,7 +61,7 @@ def same(a: Tensor, b: Tensor, sites: Sequence[Site]) -> bool:
     large as values around 10; the blocks behind pass an error on at most about ten times as large, over at most eight of them.
     What is observed is far less, and one wrong term shows in the first digits.
     """
-    return torch.equal(a, b) if all(site.reuse.order == 0 for site in sites) else torch.allclose(a, b, rtol=1e-8, atol=1e-8)
+    return torch.equal(a, b) if all(site.reuse.highest == 0 for site in sites) else torch.allclose(a, b, rtol=1e-8, atol=1e-8)
 
 
 doubles = runs.map(lambda run: replace(run, dtype=torch.float64))

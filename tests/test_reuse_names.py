@@ -37,6 +37,8 @@ SPECS: list[tuple[str, Reuse]] = [
     ("residual-chebyshev-1", Chebyshev(1, beta=1.0)),
     ("residual-grid-bdf2", Bdf(2, beta=1.0, axis="grid")),
     ("taylor-0", Forecast()),
+    ("taylor-2.25", Forecast(2, blend=0.25)),
+    ("residual-grid-taylor-0.5", Forecast(blend=0.5, beta=1.0, axis="grid")),
     ("mix", Mix(0.0, 1.0)),
     ("mix-0.1-0.6", Mix(0.1, 0.6)),
     ("tokens-0.07", Tokens(0.07)),
@@ -81,6 +83,8 @@ def test_unreadable_specs(spec: str, says: str) -> None:
         lambda: LogSnr(()),
         lambda: FlowLogSnr(margin=0.5),
         lambda: Bdf(3),
+        lambda: Bdf(2, blend=0.5),
+        lambda: Forecast(1, blend=1.0),
         lambda: Hermite(2, -1.0),
         lambda: Chebyshev(2, -1),
         lambda: Forecast(ordr=2),  # type: ignore[call-arg]
@@ -90,7 +94,7 @@ def test_unreadable_specs(spec: str, says: str) -> None:
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match=r"ratios for|must fall|Input should be|at least 1 item|Unexpected keyword"):
+    with pytest.raises(ValueError, match=r"ratios for|must fall|Input should be|at least 1 item|Unexpected keyword|leave blend"):
         make()
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat
 from pydantic.dataclasses import dataclass
 
+from cachekit.errors import ConfigError
 from cachekit.reuse import Forecast
 
 
@@ -45,6 +46,10 @@ class Bdf(Forecast):
     order: Annotated[int, Field(ge=0, le=2)] = 2
     _: KW_ONLY
     bound: PositiveFloat = float("inf")
+
+    def __post_init__(self) -> None:
+        if self.highest > 2:
+            raise ConfigError(f"{self}: the slope comes from three values at most; with order 2 leave blend out")
 
     def of_order(self, order: int, times: Sequence[float], t: float) -> list[float]:
         ahead = t - times[0]

@@ -35,7 +35,7 @@ class Chebyshev(Forecast):
 
     @property
     def length(self) -> int:
-        return self.order + 1 + self.extra if self.order else 1
+        return self.highest + 1 + self.extra if self.highest else 1
 
     def of_order(self, order: int, times: Sequence[float], t: float) -> list[float]:
         nodes = np.asarray(times[: order + 1 + self.extra], dtype=np.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeInt, validate_call
+from pydantic import NonNegativeFloat, validate_call
 
 from cachekit.reuse import Forecast
 
@@ -18,6 +18,8 @@ def residual() -> Forecast:
 
 
 @validate_call
-def taylor(k: NonNegativeInt) -> Forecast:
-    """The polynomial of degree k through the newest k + 1 outputs, by Lagrange's weights, bounded."""
-    return Forecast(k)
+def taylor(k: NonNegativeFloat) -> Forecast:
+    """The polynomial of degree k through the newest k + 1 outputs, by Lagrange's weights, bounded; 2.25 lies a quarter of the
+    way from degree 2 to degree 3.
+    """
+    return Forecast(int(k), blend=k % 1)

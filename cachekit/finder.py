@@ -1,0 +1,107 @@
+"""Finds the best schedule of each site for a number of full steps: by prediction first, then by running."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cachekit.candidates import Candidate, moves, periodic, ranked
+from cachekit.error_model import ErrorModel
+from cachekit.plan_file import Plan
+from cachekit.reuse import Forecast
+from cachekit.settle import settled
+from cachekit.trials import Trials
+
+# What a good schedule is tried with as well.
+VARIANTS: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"axis": "t"}, {"bound": 12.0}, {"order": 1}, {"order": 2}, {"order": 3})
+FINALISTS = 3
+
+
+@dataclass
+class Finder:
+    """Finds the best candidate of each site, and keeps all plans on the way.
+
+    Args:
+        trials: runs candidates.
+        models: of each site by its name, one for each reuse to choose from.
+        tries: how many candidates are run for each site and number of full steps, but for what settles their reuse.
+    """
+
+    trials: Trials
+    models: dict[str, list[ErrorModel]]
+    tries: int
+
+    def __post_init__(self) -> None:
+        self.plans: list[Plan] = []
+        self._predictors: dict[tuple[str, Forecast], ErrorModel] = {}
+
+    def at(self, count: int) -> list[Plan]:
+        """The best plan of each site with so many full steps."""
+        found = [self.trials.plan(self._best(name, models, count)) for name, models in self.models.items()]
+        self.plans += found
+        return found
+
+    def _best(self, name: str, models: list[ErrorModel], count: int) -> Candidate:
+        candidates = [candidate for _, candidate in ranked(name, models, count)]
+        highest = max(model.reuse.highest for model in models)
+        chosen = self._chosen(candidates, models)
+        best = min(chosen[:FINALISTS], key=self.trials.error)
+        for finalist in _apart(chosen)[:FINALISTS]:
+            found = settled(finalist, self.trials.better, tries=self.tries // 5, highest=highest)
+            best = min(best, found, key=self.trials.error)
+        # A schedule that was predicted to be bad with one forecast may be good with another.
+        schedules = {candidate.recompute for candidate in candidates}
+        best = self._climb(best, schedules, self.tries - len(chosen), highest)
+        return settled(best, self.trials.better, tries=self.tries // 5, highest=highest)
+
+    def _chosen(self, candidates: list[Candidate], models: list[ErrorModel]) -> list[Candidate]:
+        """Those that are run, the best on a first look first."""
+        # Each reuse has its chance, since their predictions may be off by different factors.
+        chosen = candidates[: self.tries // 5]
+        for model in models:
+            chosen += [c for c in candidates if c.reuse == model.reuse][:2]
+        # What policies of a fixed period do must not be missed because of a prediction.
+        known = periodic(self.trials.calibration.timesteps)
+        chosen += [c for c in candidates if c.recompute in known][: self.tries // 4]
+        return sorted(dict.fromkeys(chosen), key=self.trials.glance)
+
+    def _climb(self, best: Candidate, schedules: set[tuple[int, ...]], tries: int, highest: int) -> Candidate:
+        """Move one recompute at a time, what is predicted to help most first; other reuses between whiles."""
+        tried = {best}
+        while tries > 0:
+            around = [c for c in self._neighbours(best, schedules, highest) if c not in tried][:tries]
+            better = None
+            for candidate in around:
+                tries -= 1
+                tried.add(candidate)
+                if self.trials.better(candidate, best):
+                    better = candidate
+                    break
+            if better is None:
+                break
+            best = better
+        return best
+
+    def _neighbours(self, best: Candidate, schedules: set[tuple[int, ...]], highest: int) -> list[Candidate]:
+        """The same schedule with other reuses, then others, and it with one recompute moved, best by prediction first."""
+        model = self._predictor(best)
+        others = [replace(best, reuse=replace(best.reuse, **changes)) for changes in VARIANTS]
+        near = sorted({*schedules, *moves(best.recompute, model.n, 3)}, key=model.predict)
+        return [c for c in others if c.reuse.highest <= highest] + [replace(best, recompute=recompute) for recompute in near]
+
+    def _predictor(self, candidate: Candidate) -> ErrorModel:
+        """What predicts errors of the candidate's reuse; nothing is known of an input's share."""
+        key = candidate.site, replace(candidate.reuse, beta=0.0)
+        if key not in self._predictors:
+            calibration = self.trials.calibration
+            self._predictors[key] = ErrorModel(calibration.site(candidate.site), key[1], calibration.timesteps)
+        return self._predictors[key]
+
+
+def _apart(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The first of each schedule."""
+    found: dict[tuple[int, ...], Candidate] = {}
+    for candidate in candidates:
+        found.setdefault(candidate.recompute, candidate)
+    return list(found.values())
