@@ -1,7 +1,7 @@
 """Searched plans against every fixed schedule with as many full steps, on a shipped model and on seeds that search has not seen.
 
     python benchmarks/search.py --out search.json        # some hours on two cores, nearly all of them for DDIM-50
-    python benchmarks/search.py --out skips.json --target skip-dit --solvers DDIM-20 --sites model --runs 6 --seeds 24
+    python benchmarks/search.py --out skips.json --target skip-dit --solvers DDIM-20 --sites model --seeds 24
 
 For each solver and site it runs all fixed schedules (``FIXED``), then searches a plan for each number of full steps at which any of
 them stood, and runs that on the same seeds. What was found is written to ``--out`` as it comes; what stands there is not run again.
@@ -29,15 +29,12 @@ from cachekit.demo.measure import relative_error
 from cachekit.demo.shipped import find_target
 from cachekit.search import search
 
-# Of a run of the calibration, which makes two; candidates may be compared on more of them (``--runs``).
+# Of a run of images; one of clips is of a single seed. The calibration makes two runs, and candidates are compared on ``--runs``.
 SEEDS_A_RUN = 4
-IMAGES = 4
+SAMPLES = 4
 SITES = ("model", "middle")
-SOLVERS = {
-    "DDIM-50": (fashion.ddim, 50),
-    "DDIM-20": (fashion.ddim, 20),
-    "DPM-Solver++(2M)-30": (fashion.dpm_solver, 30),
-}
+SOLVERS = {"DDIM-50": ("DDIM", 50), "DDIM-20": ("DDIM", 20), "DPM-Solver++(2M)-30": ("DPM-Solver++(2M)", 30)}
+SCHEDULERS = {"DDIM": fashion.ddim, "DPM-Solver++(2M)": fashion.dpm_solver}
 REUSES = ("output", "grid-taylor-1", "grid-taylor-2")
 PRESETS = ("taylorseer", "hicache", "foca")
 
@@ -66,10 +63,10 @@ def fixed() -> Iterator[Fixed]:
             yield Fixed(f"N{n}-700-50 {reuse}", f"N{n}-700-50", reuse)
 
 
-def sample(model: Any, scheduler: Any, seeds: range, steps: int) -> Tensor:
-    """Images of several seeds in one batch, (seeds * IMAGES, 1, 28, 28), each seed's as ``fashion.sample`` makes them."""
-    x = torch.cat([torch.randn(IMAGES, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    labels = torch.cat([(torch.arange(IMAGES) + seed * IMAGES) % len(fashion.CLASSES) for seed in seeds])
+def images(model: Any, scheduler: Any, seeds: range, steps: int) -> Tensor:
+    """Images of several seeds in one batch, (seeds * SAMPLES, 1, 28, 28), each seed's as ``fashion.sample`` makes them."""
+    x = torch.cat([torch.randn(SAMPLES, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    labels = torch.cat([(torch.arange(SAMPLES) + seed * SAMPLES) % len(fashion.CLASSES) for seed in seeds])
     scheduler.set_timesteps(steps)
     with torch.inference_mode(), model.cachekit.session(steps=steps):
         for t in scheduler.timesteps:
@@ -82,16 +79,25 @@ class Bench:
     """One solver on one model: measured errors."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        make, self.steps = SOLVERS[name]
-        self.scheduler, self.model = make(), find_target(args.target, IMAGES).model
+        solver, self.steps = SOLVERS[name]
+        target = find_target(args.target, SAMPLES)
+        self.model, self.scheduler = target.model, SCHEDULERS[solver]()
+        self.solver = next(known for known in target.solvers if known.name == solver)
+        self.clips = args.target.startswith("video")
         self.seeds = range(args.first_seed, args.first_seed + args.seeds)
         self._full: Tensor | None = None
 
+    def sample(self, seeds: range) -> Tensor:
+        """Samples of several seeds, one after the other; images in one batch, which takes half as long."""
+        if not self.clips:
+            return images(self.model, self.scheduler, seeds, self.steps)
+        return torch.cat([self.solver.run(seed, self.steps) for seed in seeds])
+
     def run(self, policy: Any, segments: Any, reuse: Any) -> tuple[tuple[bool, ...], Tensor]:
-        """Which steps were full, and the report seeds' images."""
+        """Which steps were full, and the report seeds' samples."""
         cachekit.wrap(self.model, policy, segments=segments, reuse=reuse)
-        found = sample(self.model, self.scheduler, self.seeds, self.steps)
-        full = tuple(all(record.recomputed) for record in self.model.cachekit.stats.records)
+        found = self.sample(self.seeds)
+        full = tuple(all(record.recomputed) for record in self.model.cachekit.stats.records[-self.steps :])
         cachekit.unwrap(self.model)
         return full, found
 
@@ -99,7 +105,7 @@ class Bench:
         """The relative error of each seed."""
         if self._full is None:
             self._full = self.run("every-1", "model", None)[1]
-        pairs = zip(found.split(IMAGES), self._full.split(IMAGES), strict=True)
+        pairs = zip(found.split(SAMPLES), self._full.split(SAMPLES), strict=True)
         return [relative_error(a, b) for a, b in pairs]
 
     def fixed(self, site: str) -> list[dict[str, Any]]:
@@ -116,7 +122,8 @@ class Bench:
         return calibrate(self.model, self.numbered, runs=2, sites=sites)
 
     def numbered(self, run: int) -> Tensor:
-        return sample(self.model, self.scheduler, range(run * SEEDS_A_RUN, (run + 1) * SEEDS_A_RUN), self.steps)
+        seeds = 1 if self.clips else SEEDS_A_RUN
+        return self.sample(range(run * seeds, (run + 1) * seeds))
 
     def searched(self, calibration: Any, site: str, full: int, args: argparse.Namespace) -> dict[str, Any]:
         front = search(calibration, self.model, self.numbered, budget=full, sites=[site], tries=args.tries, runs=range(args.runs))
@@ -185,14 +192,14 @@ def run(name: str, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("search.json"))
-    parser.add_argument("--target", default="plain", help="an image model of `cachekit compare`: plain, skip-dit, retrofit")
+    parser.add_argument("--target", default="plain", help="one of `cachekit compare`: plain, skip-dit, retrofit, control, video")
     parser.add_argument("--solvers", nargs="*", default=list(SOLVERS))
     parser.add_argument("--sites", nargs="*", default=list(SITES))
     parser.add_argument("--full", nargs="*", type=int, help="numbers of full steps, in this order; all by default")
     parser.add_argument("--tries", type=int, default=40)
     parser.add_argument("--first-seed", type=int, default=2000, help="of those that errors are reported on")
     parser.add_argument("--seeds", type=int, default=6, help="how many these are")
-    parser.add_argument("--runs", type=int, default=2, help="runs of four seeds, 0 and on, that candidates are compared on")
+    parser.add_argument("--runs", type=int, default=6, help="runs, 0 and on, that candidates are compared on")
     args = parser.parse_args()
     for name in args.solvers:
         run(name, args)

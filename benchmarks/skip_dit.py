@@ -60,7 +60,7 @@ MODELS = {
     "image": {
         "skip-dit": (*SHARED, *SKIP, *MODULES, *WHOLE),
         "retrofit": FEW,
-        "control": (),
+        "control": FEW,
         "plain": (*SHARED, *PLAIN, *MODULES, *WHOLE),
     },
     "video": {"video-skip": (*SHARED, *SKIP, *MODULES, *WHOLE), "video": (*SHARED, *PLAIN, *MODULES, *WHOLE)},
