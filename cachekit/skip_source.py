@@ -52,11 +52,18 @@ def read_source(source: Any) -> tuple[dict[str, Tensor], dict[str, str] | None]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its beginning, since one of our own may have any name: the header's length in eight bytes, then the header, in JSON."""
+    """By its beginning, since one of our own may have any name: the header's length in eight bytes, then the header, in JSON.
+
+    Raises:
+        ConfigError: there is nothing to read.
+    """
     if path.suffix == ".safetensors":
         return True
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} can't be read ({error}); give another path") from error
 
 
 def _unpickled(path: Path) -> Any:

@@ -165,11 +165,11 @@ def test_what_holds_none_is_refused(tmp_path: Path) -> None:
         cachekit.save_long_skips(DIT.build(), tmp_path / "skips.safetensors")
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "b.pt"])
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "b.pt", "missing.pt", "missing.safetensors"])
 def test_what_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
     if name == "b.pt":
         torch.save([1, 2], tmp_path / name)
-    else:
+    elif not name.startswith("missing"):
         (tmp_path / name).write_bytes(b"neither")
     model = DIT.build()
     before = snapshot(model)
