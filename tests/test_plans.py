@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calibrating import STEPS, grid, sampling, small
+from drawing import forecasts
 from hypothesis import given
 from hypothesis import strategies as st
 from zoo import PIXART
@@ -46,12 +47,19 @@ def full_steps(model: Any) -> list[int]:
     return [record.i for record in model.cachekit.stats.records if all(record.recomputed)]
 
 
-def test_all_ways_to_use_one(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@given(forecasts())
+def test_a_file_holds_every_forecast(reuse: Forecast) -> None:
+    """All numbers of it, so that a plan does what was searched."""
+    assert ReuseSpec.model_validate_json(ReuseSpec.of(reuse).model_dump_json()).reuse() == reuse
+
+
+@pytest.mark.parametrize("reuse", ["grid-taylor-1", "residual-taylor-1.5"])
+def test_all_ways_to_use_one(reuse: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The object, its file and its spec string do the same as the policy, the segments and the reuse that it holds."""
     monkeypatch.chdir(tmp_path)
-    plan = plan_for(model)
+    plan = plan_for(model, reuse=reuse)
     plan.save("plan.json")
-    cachekit.wrap(model, planned(RECOMPUTE, grid()), segments="middle", reuse="grid-taylor-1")
+    cachekit.wrap(model, planned(RECOMPUTE, grid()), segments="middle", reuse=reuse)
     expected = sampling(model)(0)
     for policy in (plan, "plan.json", "plan:plan.json", f"plan:{tmp_path / 'plan.json'}", "plan.json | plan:plan.json"):
         cachekit.wrap(model, policy)

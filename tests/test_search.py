@@ -51,6 +51,7 @@ def test_plans_do_what_they_say(model: Any, calibration: Calibration) -> None:
         # The sample's norms are summed in another order: 1e-12 of the norm, and the error is 1e-3 of it and more.
         assert plan.error == pytest.approx(sum(errors) / 2, rel=1e-6) and plan.worst == pytest.approx(max(errors), rel=1e-6)
         assert plan.full_steps == 4 and plan.timesteps == grid() and plan.runs == (0, 1)
+        assert plan.reuse.order + plan.reuse.blend <= 1, "a higher order than those to choose from holds more"
         cachekit.wrap(model, plan)
         sampling(model)(0)
         stats = model.cachekit.stats
