@@ -53,7 +53,7 @@ class Finder:
         # A schedule that was predicted to be bad with one forecast may be good with another.
         schedules = {candidate.recompute for candidate in candidates}
         best = self._climb(best, schedules, self.tries - len(chosen), highest)
-        return settled(best, self.trials.better, tries=self.tries // 5, highest=highest)
+        return settled(best, self.trials.better, tries=self.tries // 2, highest=highest)
 
     def _chosen(self, candidates: list[Candidate], models: list[ErrorModel]) -> list[Candidate]:
         """Those that are run, the best on a first look first."""

@@ -37,8 +37,8 @@ def search(
 
     Candidates come from dynamic programming over (step, last recomputes) on the calibration's errors, for the least sum and the
     least maximum, with and without guards, beside even and periodic schedules (``cachekit.candidates``). The order of the forecast
-    and the share of the input's change that is passed on (``blend``, ``beta``) are settled by running (``cachekit.settle``). What
-    counts in the end is what came out when they were run, on the calibration's noise.
+    and the share of the input's change that is passed on (``blend``, ``beta``) are settled by running, and the bound of its
+    weights (``cachekit.settle``). What counts in the end is what came out when they were run, on the calibration's noise.
 
     Args:
         calibration: of this very model and sampler.
@@ -49,8 +49,8 @@ def search(
             blends of two orders, none higher than the highest of these.
         runs: how many of the calibration's runs to compare on, or numbers of others; all of its own unless given. A fixed
             schedule fits the noise that it is compared on a little: with few full steps take 20 samples and more.
-        tries: how many candidates are run for each site and number of full steps; as many again, at the most, settle order and
-            share of the best few.
+        tries: how many candidates are run for each site and number of full steps; about as many again settle order, share and
+            bound of the best few.
         progress: show a bar, where tqdm is installed.
 
     Returns:

@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cachekit.candidates import Candidate
-from cachekit.reuse import Forecast
 
-# A high order's weights are bounded for whole orders; the share of it that is used is a bound as well, and found by running.
+# Bounds are set for whole orders; the share of a high one that is used is a bound as well, and found by running.
 WIDE = 12.0
+# Orders, shares of the input's change, and doublings of the bound. The first two pay together: a higher order overshoots less
+# where the input's own change is passed on.
+DIRECTIONS = ((1 / 2, 0.0, 0.0), (0.0, 1 / 8, 0.0), (1 / 2, 1 / 8, 0.0), (0.0, 0.0, 1.0))
 HALVINGS = 2
 
 
-@dataclass(frozen=True)
-class _Knob:
-    """A number of a forecast: the widest step, the most that it may be, how it is read and set."""
-
-    step: float
-    most: float
-    get: Callable[[Forecast], float]
-    put: Callable[[Forecast, float], Forecast]
-
-    def turned(self, candidate: Candidate, by: float) -> Candidate | None:
-        """The candidate with another number; None where that is out of range."""
-        value = self.get(candidate.reuse) + by * self.step
-        return replace(candidate, reuse=self.put(candidate.reuse, value)) if 0 <= value <= self.most else None
-
-
-def _with_degree(reuse: Forecast, degree: float) -> Forecast:
-    return replace(reuse, order=int(degree), blend=degree % 1, bound=max(reuse.bound, WIDE))
-
-
 def settled(best: Candidate, better: Callable[[Candidate, Candidate], bool], *, tries: int, highest: int) -> Candidate:
-    """The candidate with a share of the input's change (``beta``) and an order (``blend``) from which no small step betters it.
+    """The candidate with an order (``blend``), a share of the input's change (``beta``) and a bound that no small step betters.
 
     A calibration knows nothing of inputs, so that their share can't be predicted, and what an order's errors do together is
-    predicted less well than which steps to recompute; but the error is a smooth function of both, whose least is hardly ever at a
-    round number. Steps up and down from where it is, halved as soon as none helps: eighths to thirty-seconds of the share, halves
-    to eighths of an order.
+    predicted less well than which steps to recompute; but the error is a smooth function of them, whose least is hardly ever at a
+    round number. Steps up and down from where it is, halved as soon as none helps: halves to eighths of an order, eighths to
+    thirty-seconds of the share, both at once, and twice to a fifth more or less of the bound.
 
     Args:
         best: what to start from.
@@ -49,14 +32,12 @@ def settled(best: Candidate, better: Callable[[Candidate, Candidate], bool], *, 
     Returns:
         The best that was measured: the candidate itself, or it with another reuse.
     """
-    degree = _Knob(1 / 2, float(highest), lambda reuse: reuse.order + reuse.blend, _with_degree)
-    share = _Knob(1 / 8, 1.0, lambda reuse: reuse.beta, lambda reuse, value: replace(reuse, beta=value))
     tried, size = {best}, 1.0
     while size >= 1 / 2**HALVINGS:
         start = best
-        for knob in (degree, share):
+        for direction in DIRECTIONS:
             for by in (size, -size):
-                candidate = knob.turned(best, by)
+                candidate = _stepped(best, *(by * length for length in direction), highest=highest)
                 if candidate is None or candidate in tried:
                     continue
                 if len(tried) > tries:
@@ -68,3 +49,13 @@ def settled(best: Candidate, better: Callable[[Candidate, Candidate], bool], *, 
         if best is start:
             size /= 2
     return best
+
+
+def _stepped(candidate: Candidate, orders: float, share: float, doublings: float, *, highest: int) -> Candidate | None:
+    """The candidate some steps away; None where an order or a share is out of range."""
+    reuse = candidate.reuse
+    degree, beta, bound = reuse.order + reuse.blend + orders, reuse.beta + share, reuse.bound * 2**doublings
+    if not (0 <= degree <= highest and 0 <= beta <= 1):
+        return None
+    wide = max(bound, WIDE) if orders else bound
+    return replace(candidate, reuse=replace(reuse, order=int(degree), blend=degree % 1, beta=beta, bound=wide))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log2
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +38,26 @@ def test_the_least_of_a_valley(share: float, order: float, start: float, whole: 
     assert abs(found.reuse.beta - min(max(share, 0.0), 1.0)) <= 1 / 32
     assert abs(degree(found) - min(max(order, 0.0), 3.0)) <= 1 / 8
     assert found.recompute == (0, 3, 6) and found.site == "middle" and found.reuse.axis == "grid" and found.reuse.length <= 4
+
+
+@given(least=st.floats(1.0, 50.0))
+def test_the_bound(least: float) -> None:
+    """It ends within a quarter of a doubling of the best."""
+    found = settled(
+        candidate(0.0), lambda a, b: abs(log2(a.reuse.bound / least)) < abs(log2(b.reuse.bound / least)), tries=100, highest=2
+    )
+    assert abs(log2(found.reuse.bound / least)) <= 1 / 4
+
+
+def test_a_valley_that_runs_aslant() -> None:
+    """Where order and share pay only together, they are found together."""
+
+    def error(c: Candidate) -> float:
+        along, across = degree(c) + 4 * c.reuse.beta, degree(c) - 4 * c.reuse.beta
+        return (along - 4.0) ** 2 + 100 * (across - 2.0) ** 2
+
+    found = settled(candidate(0.0), lambda a, b: error(a) < error(b), tries=40, highest=3)
+    assert (degree(found), found.reuse.beta) == (3.0, 0.25)
 
 
 @given(least=st.floats(0.0, 1.0), start=st.sampled_from([0.0, 0.5, 1.0]), tries=st.integers(0, 8), highest=st.integers(2, 3))
