@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cachekit.training_log import TrainingLog
+
 # The shortest wave of the timestep embedding that a model may use, in timesteps. Shorter ones start as noise that training
 # does not remove: with all of them, predictions on fine schedules differed from step to step by one to three per cent that no
 # finer schedule made smaller, while the images predicted from changed smoothly.
@@ -98,6 +100,8 @@ class Run:
 
     def __init__(self, task: Task, args: argparse.Namespace) -> None:
         self.task, self.args, self.step = task, args, 0
+        # Of the steps since the last line of the log.
+        self.losses: list[float] = []
         self.ema = {key: value.clone() for key, value in task.model.state_dict().items()}
         self.optimiser = torch.optim.AdamW(task.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.noising = DDPMScheduler(beta_schedule="linear")
@@ -106,7 +110,7 @@ class Run:
             saved = torch.load(self.checkpoint, weights_only=True)
             task.model.load_state_dict(saved["model"])
             self.optimiser.load_state_dict(saved["optimiser"])
-            self.ema, self.step = saved["ema"], saved["step"]
+            self.ema, self.step, self.losses = saved["ema"], saved["step"], saved.get("losses", [])
 
     def advance(self) -> tuple[float, float]:
         """One step; returns its loss and learning rate."""
@@ -141,6 +145,7 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "ema": self.ema,
             "step": self.step,
+            "losses": self.losses,
         }
         torch.save(state, self.checkpoint.with_suffix(".new"))
         self.checkpoint.with_suffix(".new").replace(self.checkpoint)
@@ -151,15 +156,16 @@ def train(args: argparse.Namespace, make: Callable[[argparse.Namespace], Task]) 
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     run = Run(make(args), args)
-    total, count = 0.0, 0
+    TrainingLog(args.out / "log.jsonl", None).start(run.step)
     with (args.out / "log.jsonl").open("a") as log:
         for _ in tqdm(range(run.step, min(args.steps, args.until)), initial=run.step, total=args.steps):
             loss, lr = run.advance()
-            total, count = total + loss, count + 1
+            run.losses.append(loss)
             if run.step % args.log_every == 0:
-                log.write(json.dumps({"step": run.step, "loss": round(total / count, 5), "lr": round(lr, 7)}) + "\n")
+                mean = sum(run.losses) / len(run.losses)
+                log.write(json.dumps({"step": run.step, "loss": round(mean, 5), "lr": round(lr, 7)}) + "\n")
                 log.flush()
-                total, count = 0.0, 0
+                run.losses.clear()
             if run.step % args.checkpoints == 0 or run.step == args.steps:
                 run.save()
     if args.export:
