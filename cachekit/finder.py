@@ -48,12 +48,12 @@ class Finder:
         chosen = self._chosen(candidates, models)
         best = min(chosen[:FINALISTS], key=self.trials.error)
         for finalist in _apart(chosen)[:FINALISTS]:
-            found = settled(finalist, self.trials.better, tries=self.tries // 5, highest=highest)
+            found = settled(finalist, self.trials.better, tries=self.tries // 4, highest=highest)
             best = min(best, found, key=self.trials.error)
         # A schedule that was predicted to be bad with one forecast may be good with another.
         schedules = {candidate.recompute for candidate in candidates}
         best = self._climb(best, schedules, self.tries - len(chosen), highest)
-        return settled(best, self.trials.better, tries=self.tries // 2, highest=highest)
+        return settled(best, self.trials.better, tries=self.tries, highest=highest)
 
     def _chosen(self, candidates: list[Candidate], models: list[ErrorModel]) -> list[Candidate]:
         """Those that are run, the best on a first look first."""

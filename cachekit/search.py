@@ -49,7 +49,7 @@ def search(
             blends of two orders, none higher than the highest of these.
         runs: how many of the calibration's runs to compare on, or numbers of others; all of its own unless given. A fixed
             schedule fits the noise that it is compared on a little: with few full steps take 20 samples and more.
-        tries: how many candidates are run for each site and number of full steps; about as many again settle order, share and
+        tries: how many candidates are run for each site and number of full steps; up to twice as many settle order, share and
             bound of the best few.
         progress: show a bar, where tqdm is installed.
 

@@ -7,11 +7,18 @@ from dataclasses import replace
 
 from cachekit.candidates import Candidate
 
-# Bounds are set for whole orders; the share of a high one that is used is a bound as well, and found by running.
-WIDE = 12.0
-# Orders, shares of the input's change, and doublings of the bound. The first two pay together: a higher order overshoots less
-# where the input's own change is passed on.
-DIRECTIONS = ((1 / 2, 0.0, 0.0), (0.0, 1 / 8, 0.0), (1 / 2, 1 / 8, 0.0), (0.0, 0.0, 1.0))
+# Orders, shares of the input's change, doublings of the bound, and what it must be at the least. The first two pay together: a
+# higher order overshoots less where the input's own change is passed on. One step behind recomputes at every other step order 3
+# has weights of 6 in all, two steps behind recomputes at every third 8.5; a bound that lets longer gaps through harms there.
+SNUG, WIDE = 6.5, 12.0
+DIRECTIONS = (
+    (1 / 2, 0.0, 0.0, SNUG),
+    (1 / 2, 0.0, 0.0, WIDE),
+    (0.0, 1 / 8, 0.0, 0.0),
+    (1 / 2, 1 / 8, 0.0, SNUG),
+    (1 / 2, 1 / 8, 0.0, WIDE),
+    (0.0, 0.0, 1.0, 0.0),
+)
 HALVINGS = 2
 
 
@@ -35,9 +42,9 @@ def settled(best: Candidate, better: Callable[[Candidate, Candidate], bool], *, 
     tried, size = {best}, 1.0
     while size >= 1 / 2**HALVINGS:
         start = best
-        for direction in DIRECTIONS:
+        for orders, share, doublings, least in DIRECTIONS:
             for by in (size, -size):
-                candidate = _stepped(best, *(by * length for length in direction), highest=highest)
+                candidate = _stepped(best, by * orders, by * share, by * doublings, least, highest)
                 if candidate is None or candidate in tried:
                     continue
                 if len(tried) > tries:
@@ -51,11 +58,10 @@ def settled(best: Candidate, better: Callable[[Candidate, Candidate], bool], *, 
     return best
 
 
-def _stepped(candidate: Candidate, orders: float, share: float, doublings: float, *, highest: int) -> Candidate | None:
+def _stepped(candidate: Candidate, orders: float, share: float, doublings: float, least: float, highest: int) -> Candidate | None:
     """The candidate some steps away; None where an order or a share is out of range."""
     reuse = candidate.reuse
-    degree, beta, bound = reuse.order + reuse.blend + orders, reuse.beta + share, reuse.bound * 2**doublings
+    degree, beta, bound = reuse.order + reuse.blend + orders, reuse.beta + share, max(reuse.bound * 2**doublings, least)
     if not (0 <= degree <= highest and 0 <= beta <= 1):
         return None
-    wide = max(bound, WIDE) if orders else bound
-    return replace(candidate, reuse=replace(reuse, order=int(degree), blend=degree % 1, beta=beta, bound=wide))
+    return replace(candidate, reuse=replace(reuse, order=int(degree), blend=degree % 1, beta=beta, bound=bound))
