@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cachekit.candidates import Candidate, moves, periodic, ranked
 from cachekit.error_model import ErrorModel
@@ -13,8 +12,6 @@ from cachekit.reuse import Forecast
 from cachekit.settle import settled
 from cachekit.trials import Trials
 
-# What a good schedule is tried with as well.
-VARIANTS: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"axis": "t"}, {"bound": 12.0}, {"order": 1}, {"order": 2}, {"order": 3})
 FINALISTS = 3
 
 
@@ -25,7 +22,8 @@ class Finder:
     Args:
         trials: runs candidates.
         models: of each site by its name, one for each reuse to choose from.
-        tries: how many candidates are run for each site and number of full steps, but for what settles their reuse.
+        tries: for each site and number of full steps, how many candidates are run by prediction, how many moves of the best one,
+            and how many reuses of it.
     """
 
     trials: Trials
@@ -52,7 +50,7 @@ class Finder:
             best = min(best, found, key=self.trials.error)
         # A schedule that was predicted to be bad with one forecast may be good with another.
         schedules = {candidate.recompute for candidate in candidates}
-        best = self._climb(best, schedules, self.tries - len(chosen), highest)
+        best = self._climb(best, schedules)
         return settled(best, self.trials.better, tries=self.tries, highest=highest)
 
     def _chosen(self, candidates: list[Candidate], models: list[ErrorModel]) -> list[Candidate]:
@@ -66,11 +64,11 @@ class Finder:
         chosen += [c for c in candidates if c.recompute in known][: self.tries // 4]
         return sorted(dict.fromkeys(chosen), key=self.trials.glance)
 
-    def _climb(self, best: Candidate, schedules: set[tuple[int, ...]], tries: int, highest: int) -> Candidate:
-        """Move one recompute at a time, what is predicted to help most first; other reuses between whiles."""
-        tried = {best}
+    def _climb(self, best: Candidate, schedules: set[tuple[int, ...]]) -> Candidate:
+        """Move one recompute at a time, what is predicted to help most first."""
+        tried, tries = {best}, self.tries
         while tries > 0:
-            around = [c for c in self._neighbours(best, schedules, highest) if c not in tried][:tries]
+            around = [c for c in self._neighbours(best, schedules) if c not in tried][:tries]
             better = None
             for candidate in around:
                 tries -= 1
@@ -83,12 +81,12 @@ class Finder:
             best = better
         return best
 
-    def _neighbours(self, best: Candidate, schedules: set[tuple[int, ...]], highest: int) -> list[Candidate]:
-        """The same schedule with other reuses, then others, and it with one recompute moved, best by prediction first."""
+    def _neighbours(self, best: Candidate, schedules: set[tuple[int, ...]]) -> list[Candidate]:
+        """The same schedule along t, then others, and it with one recompute moved, best by prediction first."""
         model = self._predictor(best)
-        others = [replace(best, reuse=replace(best.reuse, **changes)) for changes in VARIANTS]
         near = sorted({*schedules, *moves(best.recompute, model.n, 3)}, key=model.predict)
-        return [c for c in others if c.reuse.highest <= highest] + [replace(best, recompute=recompute) for recompute in near]
+        along_t = replace(best, reuse=replace(best.reuse, axis="t"))
+        return [along_t, *(replace(best, recompute=recompute) for recompute in near)]
 
     def _predictor(self, candidate: Candidate) -> ErrorModel:
         """What predicts errors of the candidate's reuse; nothing is known of an input's share."""

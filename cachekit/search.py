@@ -49,8 +49,8 @@ def search(
             blends of two orders, none higher than the highest of these.
         runs: how many of the calibration's runs to compare on, or numbers of others; all of its own unless given. A fixed
             schedule fits the noise that it is compared on a little: with few full steps take 20 samples and more.
-        tries: how many candidates are run for each site and number of full steps; up to twice as many settle order, share and
-            bound of the best few.
+        tries: for each site and number of full steps, how many candidates are run because they are predicted to be good, how many
+            moves of the best one, and how many reuses of it; about as many more settle the reuses of the first few.
         progress: show a bar, where tqdm is installed.
 
     Returns:
