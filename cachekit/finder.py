@@ -13,6 +13,7 @@ from cachekit.settle import settled
 from cachekit.trials import Trials
 
 FINALISTS = 3
+OTHERS = 4
 
 
 @dataclass
@@ -82,11 +83,13 @@ class Finder:
         return best
 
     def _neighbours(self, best: Candidate, schedules: set[tuple[int, ...]]) -> list[Candidate]:
-        """The same schedule along t, then others, and it with one recompute moved, best by prediction first."""
+        """The same schedule along t, some others, and it with one recompute moved, best by prediction first."""
         model = self._predictor(best)
-        near = sorted({*schedules, *moves(best.recompute, model.n, 3)}, key=model.predict)
+        # Few of them: they were made for small predictions, and would leave no try to what is near.
+        others = sorted(schedules, key=model.predict)[:OTHERS]
+        near = sorted({*moves(best.recompute, model.n, 3)}, key=model.predict)
         along_t = replace(best, reuse=replace(best.reuse, axis="t"))
-        return [along_t, *(replace(best, recompute=recompute) for recompute in near)]
+        return [along_t, *(replace(best, recompute=recompute) for recompute in (*others, *near))]
 
     def _predictor(self, candidate: Candidate) -> ErrorModel:
         """What predicts errors of the candidate's reuse; nothing is known of an input's share."""
