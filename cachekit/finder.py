@@ -46,6 +46,9 @@ class Finder:
         highest = max(model.reuse.highest for model in models)
         chosen = self._chosen(candidates, models)
         best = min(chosen[:FINALISTS], key=self.trials.error)
+        if self.trials.error(best) == 0:
+            # Nothing is reused, or to no effect.
+            return best
         for finalist in _apart(chosen)[:FINALISTS]:
             found = settled(finalist, self.trials.better, tries=self.tries // 4, highest=highest)
             best = min(best, found, key=self.trials.error)

@@ -68,6 +68,12 @@ def test_the_front(model: Any, calibration: Calibration) -> None:
     assert "5 of 8 steps recomputed" in str(front)
 
 
+def test_no_tries_where_nothing_is_reused(model: Any, calibration: Calibration) -> None:
+    """Two uncached generations, and each site's two reuses on two runs."""
+    front = searched(model, calibration, STEPS)
+    assert front.best.error == 0.0 and front.generations <= 2 + len(SITES) * len(REUSES) * 2
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_no_worse_than_even_schedules(model: Any, calibration: Calibration, site: str) -> None:
     """On the noise that it was compared on: an even schedule with each reuse is among what it starts from, or bettered."""
