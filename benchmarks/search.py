@@ -91,7 +91,7 @@ class Bench:
         self._full: Tensor | None = None
 
     def sample(self, seeds: range) -> Tensor:
-        """Samples of several seeds, one after the other; images in one batch, which takes half as long."""
+        """Samples of several seeds: clips one seed after the other, images in one batch."""
         if not self.clips:
             return images(self.model, self.scheduler, seeds, self.steps)
         return torch.cat([self.solver.run(seed, self.steps) for seed in seeds])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise
-from typing import Any
+from itertools import combinations, pairwise
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from calibrating import STEPS, grid, sampling, small
 import cachekit
 import cachekit.policies
 from cachekit import Budget, Calibration, Forecast
-from cachekit.candidates import ranked
+from cachekit.candidates import Candidate, moves, ranked
 from cachekit.error_model import ErrorModel
+from cachekit.finder import OTHERS, Finder
 
 SITES = ("model", "middle")
 REUSES = (Forecast(axis="grid"), Forecast(order=1, axis="grid"))
@@ -66,6 +67,25 @@ def test_the_front(model: Any, calibration: Calibration) -> None:
     assert all(a.blocks <= b.blocks and a.error > b.error for a, b in pairwise(plans))
     assert front.best is min(plans, key=lambda plan: plan.error) and len(front) == len(plans) >= 1
     assert "5 of 8 steps recomputed" in str(front)
+
+
+class Known:
+    """Stands for ``Trials``: a candidate is the better the fewer of its recomputes are not the target's."""
+
+    def __init__(self, calibration: Calibration, target: tuple[int, ...]) -> None:
+        self.calibration, self.target = calibration, set(target)
+
+    def better(self, candidate: Candidate, than: Candidate) -> bool:
+        return len(self.target - set(candidate.recompute)) < len(self.target - set(than.recompute))
+
+
+@pytest.mark.parametrize("target", sorted({*moves((0, 2, 4, 6), STEPS, 3)}))
+def test_every_move_has_its_turn(calibration: Calibration, target: tuple[int, ...]) -> None:
+    """However many other schedules are predicted to be better: one along t, a few others, and then what is near."""
+    start = Candidate("model", REUSES[1], (0, 2, 4, 6))
+    every_other: set[tuple[int, ...]] = {(0, *rest) for rest in combinations(range(1, STEPS), 3)} - {target}
+    finder = Finder(cast(Any, Known(calibration, target)), {}, 1 + OTHERS + len({*moves(start.recompute, STEPS, 3)}))
+    assert finder._climb(start, every_other).recompute == target
 
 
 def test_no_tries_where_nothing_is_reused(model: Any, calibration: Calibration) -> None:
