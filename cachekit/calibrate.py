@@ -68,7 +68,7 @@ class _Job:
         records = self.sampler.model.__dict__["cachekit"].stats.records
         share = [sum(record.recomputed) / max(1, len(record.recomputed)) for record in records if record.t == self.timesteps[i]]
         self.tick()
-        return relative(outcome.sample, self.full[self.runs[0]]), float(np.mean(share)) if share else 1.0
+        return relative(outcome.sample, self.full[self.runs[0]]).flatten(), float(np.mean(share)) if share else 1.0
 
 
 def calibrate(
@@ -89,7 +89,7 @@ def calibrate(
     Args:
         model: as for ``wrap``; it is wrapped meanwhile, and unwrapped afterwards.
         sample: ``sample(run)`` runs one whole generation with this model, from the noise of this number to the final sample, and
-            returns that as a tensor. It opens ``model.cachekit.session(steps=...)`` if it wants to.
+            returns that as a tensor, its batch first. It opens ``model.cachekit.session(steps=...)`` if it wants to.
         runs: how many runs (from 0), or their numbers. The first one gives the amplification.
         sites: segments, each as in ``wrap``; modules as well.
         adapter: as in ``wrap``.

@@ -45,13 +45,13 @@ class Finder:
         candidates = [candidate for _, candidate in ranked(name, models, count)]
         highest = max(model.reuse.highest for model in models)
         chosen = self._chosen(candidates, models)
-        best = min(chosen[:FINALISTS], key=self.trials.error)
+        best = min(chosen[:FINALISTS], key=self.trials.score)
         if self.trials.error(best) == 0:
             # Nothing is reused, or to no effect.
             return best
         for finalist in _apart(chosen)[:FINALISTS]:
             found = settled(finalist, self.trials.better, tries=self.tries // 4, highest=highest)
-            best = min(best, found, key=self.trials.error)
+            best = min(best, found, key=self.trials.score)
         # A schedule that was predicted to be bad with one forecast may be good with another.
         schedules = {candidate.recompute for candidate in candidates}
         best = self._climb(best, schedules)

@@ -38,7 +38,8 @@ def search(
     Candidates come from dynamic programming over (step, last recomputes) on the calibration's errors, for the least sum and the
     least maximum, with and without guards, beside even and periodic schedules (``cachekit.candidates``). The order of the forecast
     and the share of the input's change that is passed on (``blend``, ``beta``) are settled by running, and the bound of its
-    weights (``cachekit.settle``). What counts in the end is what came out when they were run, on the calibration's noise.
+    weights (``cachekit.settle``). What counts in the end is what came out when they were run, on the calibration's noise: the
+    mean logarithm of the errors of all samples.
 
     Args:
         calibration: of this very model and sampler.
