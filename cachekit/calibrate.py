@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from cachekit.adapter import Adapter
-from cachekit.calibration import LOOKAHEAD, Calibration, SiteRecord, row
+from cachekit.calibration import LOOKAHEAD, Calibration, SiteRecord, Table, row
 from cachekit.errors import ConfigError
 from cachekit.generations import Sample, Sampler, check_runs, relative
 from cachekit.measures import changes, gram, lookahead, norm_ratios
 from cachekit.plan_file import Fingerprint, SegmentSpec, segment_specs
 from cachekit.policies.every import every
 from cachekit.policies.planned import planned
+from cachekit.probes import ORDERS, check_orders, distinct, probe
 from cachekit.recorder import Listening, Recording, recording
 from cachekit.reuse import Forecast
 from cachekit.segments import Segment
@@ -25,8 +26,6 @@ from cachekit.training_log import progress_bar
 
 HELD = Forecast(axis="grid")
 RESIDUAL = Forecast(beta=1.0, axis="grid")
-# The forecast whose errors stand for those of others: its direction is theirs to leading order, and it is small.
-PROBE = Forecast(order=1, axis="grid")
 
 # A sampler may use kernels whose sums are not in one order; noise that is not the run's own is 1000 times this and more.
 SAME = 1e-3
@@ -60,15 +59,15 @@ class _Job:
         self.tick()
         return found
 
-    def response(self, i: int, segments: list[Segment]) -> tuple[Tensor, float]:
+    def response(self, i: int, segments: list[Segment], reuse: Forecast) -> tuple[Tensor, float]:
         """The final sample's relative error where the site is reused at timestep i alone; the share of blocks that ran there."""
         others = tuple(k for k in range(len(self.timesteps)) if k != i)
-        self.sampler.wrap(planned(others, self.timesteps), segments, PROBE)
+        self.sampler.wrap(planned(others, self.timesteps), segments, reuse)
         outcome = self.sampler.call(self.runs[0])
         records = self.sampler.model.__dict__["cachekit"].stats.records
         share = [sum(record.recomputed) / max(1, len(record.recomputed)) for record in records if record.t == self.timesteps[i]]
         self.tick()
-        return relative(outcome.sample, self.full[self.runs[0]]).flatten(), float(np.mean(share)) if share else 1.0
+        return relative(outcome.sample, self.full[self.runs[0]]), float(np.mean(share)) if share else 1.0
 
 
 def calibrate(
@@ -77,6 +76,7 @@ def calibrate(
     runs: int | Sequence[int] = 2,
     *,
     sites: Sequence[Any] = ("model", "middle"),
+    probes: Sequence[int] = ORDERS,
     adapter: Adapter | str | None = None,
     progress: bool = True,
 ) -> Calibration:
@@ -84,7 +84,8 @@ def calibrate(
 
     Each run is sampled uncached once for the stack, and once for each site, keeping every value of it (as many tensors as there
     are steps, on the model's device). Then, for each site and each step but the first, the first run is sampled with that step
-    alone reused: how much an error there is amplified on its way to the sample can't be told from the values.
+    alone reused, held and forecast: how much an error there is amplified on its way to the sample can't be told from the values,
+    and it depends on the error's direction.
 
     Args:
         model: as for ``wrap``; it is wrapped meanwhile, and unwrapped afterwards.
@@ -92,6 +93,8 @@ def calibrate(
             returns that as a tensor, its batch first. It opens ``model.cachekit.session(steps=...)`` if it wants to.
         runs: how many runs (from 0), or their numbers. The first one gives the amplification.
         sites: segments, each as in ``wrap``; modules as well.
+        probes: orders of the forecasts by which a step alone is reused; a generation for each step, site and order. One order does
+            for the fitted policies and costs a third, but schedules' errors are predicted half as well.
         adapter: as in ``wrap``.
         progress: show a bar, where tqdm is installed.
 
@@ -102,7 +105,7 @@ def calibrate(
         ConfigError: segments that can't be read, or a ``sample`` that is not one repeatable generation of one schedule.
         ModelError: the model can't be wrapped, or shows other values from step to step.
     """
-    numbers = check_runs(runs)
+    numbers, orders = check_runs(runs), check_orders(probes)
     named = {name if isinstance(name, str) else str(name): segment_specs(name) for name in sites}
     sampler = Sampler(model, sample, adapter)
     bar = progress_bar(len(numbers) * (1 + len(named)), 0, progress)
@@ -110,8 +113,8 @@ def calibrate(
     try:
         stack = _stack(job)
         if bar is not None:
-            bar.total += len(named) * (len(job.timesteps) - 1)
-        found = {name: _site(job, specs) for name, specs in named.items()}
+            bar.total += len(named) * sum(len(distinct(orders, i)) for i in range(len(job.timesteps)))
+        found = {name: _site(job, specs, orders) for name, specs in named.items()}
     finally:
         sampler.unwrap()
         if bar is not None:
@@ -134,7 +137,7 @@ def _stack(job: _Job) -> dict[str, Any]:
     return {"ratios": mean, "input_changes": tuple(inputs), "output_changes": tuple(outputs)}
 
 
-def _site(job: _Job, specs: tuple[SegmentSpec, ...]) -> SiteRecord:
+def _site(job: _Job, specs: tuple[SegmentSpec, ...], orders: tuple[int, ...]) -> SiteRecord:
     segments = [spec.segment() for spec in specs]
     # Modules and single blocks have no one block before them, and neither has what begins with the first.
     probing = all(isinstance(s.start, int) and s.start != 0 and not s.names and not s.each for s in segments)
@@ -146,15 +149,26 @@ def _site(job: _Job, specs: tuple[SegmentSpec, ...]) -> SiteRecord:
         grams.append(np.sum([gram(values) for values in found.values.values()], axis=0))
         curves.append(np.mean([lookahead(values, LOOKAHEAD) for values in found.values.values()], axis=0))
         seen += [states[0] for states in found.states.values() if probing]
-    responses = [job.response(i, segments) for i in range(1, len(job.timesteps))]
-    errors = torch.stack([torch.zeros_like(responses[0][0]), *(error for error, _ in responses)])
+    response, blocks = _responses(job, segments, orders)
     listened = np.mean(seen, axis=0) if seen else np.zeros((0, 2))
     return SiteRecord(
         segments=specs,
         gram=tuple(map(tuple, np.mean(grams, axis=0).tolist())),
-        response=tuple(map(tuple, (errors @ errors.T).tolist())),
+        probes=orders,
+        response=response,
         lookahead=tuple(row(values) for values in np.mean(curves, axis=0)),
         change=row(listened[:, 0]),
         front_change=row(listened[:, 1]),
-        blocks=float(np.mean([share for _, share in responses])),
+        blocks=blocks,
     )
+
+
+def _responses(job: _Job, segments: list[Segment], orders: tuple[int, ...]) -> tuple[Table, float]:
+    """Inner products of what each probe does to the first run's sample, and the share of blocks that ran at the probed steps."""
+    n = len(job.timesteps)
+    places = [(k, i) for i in range(n) for k in distinct(orders, i)]
+    found = [job.response(i, segments, probe(orders[k])) for k, i in places]
+    at = [k * n + i for k, i in places]
+    response = np.zeros((len(orders) * n, len(orders) * n))
+    response[np.ix_(at, at)] = gram([error for error, _ in found])
+    return tuple(map(tuple, response.tolist())), float(np.mean([share for _, share in found]))

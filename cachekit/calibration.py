@@ -25,8 +25,9 @@ class SiteRecord(BaseModel):
     Attributes:
         segments: the site.
         gram: (n, n) inner products of its values at every two timesteps, over all that it stores, mean of the runs.
-        response: (n, n) inner products of the relative errors of the final samples where it was reused at one timestep alone,
-            forecast to order 1 along the grid (held at the second timestep): on the diagonal is what each costs.
+        probes: orders of the forecasts by which it was reused at one timestep alone.
+        response: (p n, p n) inner products of the relative errors of the final samples there, all timesteps of the first probe
+            before those of the second: on the diagonal is what each costs. Zeros for what there are too few values for.
         lookahead: (3, n) relative L1 errors of holding its value for one to three steps from each, mean over all that it stores
             and the runs; None where that is past the end.
         change, front_change: what the policies of these names see from each timestep to the next; empty where there is nothing
@@ -38,6 +39,7 @@ class SiteRecord(BaseModel):
 
     segments: tuple[SegmentSpec, ...]
     gram: Table
+    probes: tuple[int, ...] = (1,)
     response: Table
     lookahead: tuple[Row, ...]
     change: Row = ()

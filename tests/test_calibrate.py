@@ -17,6 +17,7 @@ import cachekit
 import cachekit.demo.fashion
 import cachekit.policies
 from cachekit import Calibration, Forecast
+from cachekit.calibration import SiteRecord
 from cachekit.error_model import ErrorModel
 from cachekit.policies.planned import planned
 from cachekit.policies.smoothcache import greedy, smoothcache
@@ -191,16 +192,23 @@ def test_a_higher_percentile_reuses_no_less(model: Any, calibration: Calibration
         assert reused == sorted(reused) and reused[0] < reused[2]
 
 
-def test_what_one_reused_step_costs(model: Any, calibration: Calibration) -> None:
-    """Forecast to order 1 where there are two values, held at the second step: run here by a schedule of all other steps."""
+@pytest.mark.parametrize("site", ("model", "middle"))
+@pytest.mark.parametrize("order", (0, 1, 2))
+def test_what_one_reused_step_costs(model: Any, calibration: Calibration, site: str, order: int) -> None:
+    """As each probe, of as high an order as there are values for: run here by a schedule of all other steps, and foretold."""
     full = sampling(model)(0)
-    response = calibration.site("middle").response
+    record, reuse = calibration.site(site), Forecast(order=order, bound=12.0, axis="grid")
+    told = ErrorModel(record, reuse, grid())
     for i in range(1, STEPS):
-        policy = planned(tuple(k for k in range(STEPS) if k != i), grid())
-        cachekit.wrap(model, policy, segments="middle", reuse=Forecast(order=1, axis="grid"))
+        others = tuple(k for k in range(STEPS) if k != i)
+        cachekit.wrap(model, planned(others, grid()), segments=site, reuse=reuse)
         error = relative(sampling(model)(0), full)
         cachekit.unwrap(model)
-        assert response[i][i] ** 0.5 == pytest.approx(error, rel=1e-6)
+        at = min(order, i - 1) * STEPS + i
+        assert record.response[at][at] ** 0.5 == pytest.approx(error, rel=1e-6)
+        # Inner products of values of single precision are off by 1e-7 of them, and what is left at order 2 is 1e-2 of a value.
+        assert told.predict(others) == pytest.approx(error, rel=1e-3)
+        assert told.cost(tuple(range(i - 1, -1, -1)), i) == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("reuse", [Forecast(axis="grid"), Forecast(order=1, axis="grid"), Forecast(order=2, axis="t")])
@@ -296,6 +304,18 @@ def test_files(calibration: Calibration, tmp_path: Path) -> None:
         Calibration.load(tmp_path / "bad.json")
 
 
+def test_fewer_probes(model: Any, calibration: Calibration) -> None:
+    """What one order finds is what all three found for it; a file that does not name its probes has the one of order 1."""
+    one = cachekit.calibrate(model, sampling(model), runs=2, sites=("middle",), probes=(1,), progress=False).site("middle")
+    three, first = np.array(calibration.site("middle").response), range(STEPS + 2, 2 * STEPS)
+    # At the second step there is one value, which order 0 holds as order 1 does.
+    at = [0, 1, *first]
+    np.testing.assert_allclose(np.array(one.response), three[np.ix_(at, at)], rtol=1e-9, atol=1e-15)
+    assert one.gram == calibration.site("middle").gram
+    written = {key: value for key, value in one.model_dump().items() if key != "probes"}
+    assert SiteRecord.model_validate(written) == one
+
+
 def test_fitted_policies_by_name(model: Any, calibration: Calibration, tmp_path: Path) -> None:
     """They equal the same policies with the calibration's numbers written out."""
     file = tmp_path / "c.json"
@@ -325,6 +345,9 @@ def test_what_is_refused(model: Any, calibration: Calibration, tmp_path: Path) -
     runs = iter(range(100))
     with pytest.raises(cachekit.ConfigError, match="start each from the noise of its run alone"):
         cachekit.calibrate(model, lambda run: sampling(model)(next(runs)), runs=1, progress=False)
+    for bad in ((), (1, 1), (3,)):
+        with pytest.raises(cachekit.ConfigError, match="give some of the orders 0, 1, 2, each once"):
+            cachekit.calibrate(model, sampling(model), runs=1, probes=bad, progress=False)
     with pytest.raises(cachekit.ConfigError, match="had different timesteps"):
         cachekit.calibrate(model, lambda run: sampling(model, 4 + run)(run), runs=2, progress=False)
     with pytest.raises(cachekit.ConfigError, match="return the final sample as a tensor"):

@@ -128,6 +128,21 @@ def test_predictions_order_candidates(model: Any, calibration: Calibration) -> N
     assert errors[0] <= sorted(errors)[len(errors) // 2]
 
 
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("reuse", (*REUSES, Forecast(order=2, axis="grid")))
+def test_three_probes_predict_better_than_one(model: Any, calibration: Calibration, reuse: Forecast, site: str) -> None:
+    """The logarithm of the ratio to what comes out, of every schedule of four steps."""
+    one = cachekit.calibrate(model, sampling(model), runs=(0,), sites=(site,), probes=(1,), progress=False)
+    schedules = [(0, *rest) for rest in combinations(range(1, STEPS), 3)]
+    true = [error(model, cachekit.policies.planned(each, grid()), 0, segments=site, reuse=reuse) for each in schedules]
+    off = []
+    for record in (one.site(site), calibration.site(site)):
+        told = ErrorModel(record, reuse, grid())
+        off.append(math.sqrt(sum(math.log(told.predict(s) / e) ** 2 for s, e in zip(schedules, true, strict=True)) / len(true)))
+    assert off[1] < (0.5 if site == "model" else 0.9) * off[0]
+    assert off[1] < (0.1 if site == "model" else 0.3)
+
+
 def test_budgets_of_error(model: Any, calibration: Calibration) -> None:
     """The cheapest plan that keeps to the bound in the worst run; one step less would not have."""
     loose = searched(model, calibration, 4, sites=["model"]).best.worst
