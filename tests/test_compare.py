@@ -115,7 +115,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given: dict[str, Any] = {}
     exec(MODULE, given)
     model, sample = given["factory"]()
-    calibration = cachekit.calibrate(model, sample, runs=1, sites=("middle", "attn", "mlp"), progress=False)
+    calibration = cachekit.calibrate(model, sample, runs=1, sites=("middle", "attn", "mlp"), probes=(1,), progress=False)
     calibration.save(folder / "c.json")
     calibration.save(folder.parent / "c")
     cachekit.search(calibration, model, sample, budget=6, sites=("middle",), tries=1, progress=False).best.save(

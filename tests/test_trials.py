@@ -57,7 +57,7 @@ class Off:
 @pytest.fixture(scope="module")
 def calibration() -> cachekit.Calibration:
     model = small()
-    return cachekit.calibrate(model, sampling(model), runs=2, sites=("middle",), progress=False)
+    return cachekit.calibrate(model, sampling(model), runs=2, sites=("middle",), probes=(1,), progress=False)
 
 
 def compared(calibration: cachekit.Calibration, errors: dict[tuple[int, ...], list[list[float]]], runs: int) -> tuple[Trials, Off]:

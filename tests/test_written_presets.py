@@ -99,7 +99,7 @@ def test_it_reuses_as_it_is_written(spec: str) -> None:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration and a plan of a small DiT."""
     folder, model = tmp_path_factory.mktemp("files"), small()
-    calibration = cachekit.calibrate(model, sampling(model), runs=2, sites=("middle", "attn", "mlp"), progress=False)
+    calibration = cachekit.calibrate(model, sampling(model), runs=2, sites=("middle", "attn", "mlp"), probes=(1,), progress=False)
     calibration.save(folder / "c.json")
     front = cachekit.search(calibration, model, sampling(model), budget=4, sites=("middle",), tries=1, progress=False)
     front.best.save(folder / "plan.json")
