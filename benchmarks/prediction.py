@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="random schedules")
     parser.add_argument("--seed", type=int, default=0, help="of the schedules")
     args = parser.parse_args()
-    args.first_seed, args.seeds = 0, 1
+    args.first_seed, args.seeds, args.each = 0, 1, 4
     for solver in args.solvers:
         bench = search.Bench(solver, args)
         calibration = calibrated(bench, args.sites)

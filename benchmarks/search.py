@@ -34,7 +34,6 @@ from cachekit.search import search
 
 # Of a run of images; one of clips is of a single seed. The calibration makes two runs, and candidates are compared on ``--runs``.
 SEEDS_A_RUN = 4
-SAMPLES = 4
 SITES = ("model", "middle")
 SOLVERS = {"DDIM-50": ("DDIM", 50), "DDIM-20": ("DDIM", 20), "DPM-Solver++(2M)-30": ("DPM-Solver++(2M)", 30)}
 SCHEDULERS = {"DDIM": fashion.ddim, "DPM-Solver++(2M)": fashion.dpm_solver}
@@ -66,10 +65,10 @@ def fixed() -> Iterator[Fixed]:
             yield Fixed(f"N{n}-700-50 {reuse}", f"N{n}-700-50", reuse)
 
 
-def images(model: Any, scheduler: Any, seeds: range, steps: int) -> Tensor:
-    """Images of several seeds in one batch, (seeds * SAMPLES, 1, 28, 28), each seed's as ``fashion.sample`` makes them."""
-    x = torch.cat([torch.randn(SAMPLES, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    labels = torch.cat([(torch.arange(SAMPLES) + seed * SAMPLES) % len(fashion.CLASSES) for seed in seeds])
+def images(model: Any, scheduler: Any, seeds: range, each: int, steps: int) -> Tensor:
+    """Images of several seeds in one batch, (seeds * each, 1, 28, 28), each seed's as ``fashion.sample`` makes them."""
+    x = torch.cat([torch.randn(each, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    labels = torch.cat([(torch.arange(each) + seed * each) % len(fashion.CLASSES) for seed in seeds])
     scheduler.set_timesteps(steps)
     with torch.inference_mode(), model.cachekit.session(steps=steps):
         for t in scheduler.timesteps:
@@ -83,7 +82,8 @@ class Bench:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         solver, self.steps = SOLVERS[name]
-        target = find_target(args.target, SAMPLES)
+        self.each = args.each
+        target = find_target(args.target, self.each)
         self.model, self.scheduler = target.model, SCHEDULERS[solver]()
         self.solver = next(known for known in target.solvers if known.name == solver)
         self.clips = args.target.startswith("video")
@@ -93,7 +93,7 @@ class Bench:
     def sample(self, seeds: range) -> Tensor:
         """Samples of several seeds: clips one seed after the other, images in one batch."""
         if not self.clips:
-            return images(self.model, self.scheduler, seeds, self.steps)
+            return images(self.model, self.scheduler, seeds, self.each, self.steps)
         return torch.cat([self.solver.run(seed, self.steps) for seed in seeds])
 
     def run(self, policy: Any, segments: Any, reuse: Any) -> tuple[tuple[bool, ...], Tensor]:
@@ -108,7 +108,7 @@ class Bench:
         """The relative error of each seed."""
         if self._full is None:
             self._full = self.run("every-1", "model", None)[1]
-        pairs = zip(found.split(SAMPLES), self._full.split(SAMPLES), strict=True)
+        pairs = zip(found.split(self.each), self._full.split(self.each), strict=True)
         return [relative_error(a, b) for a, b in pairs]
 
     def fixed(self, site: str) -> list[dict[str, Any]]:
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=40)
     parser.add_argument("--first-seed", type=int, default=2000, help="of those that errors are reported on")
     parser.add_argument("--seeds", type=int, default=6, help="how many these are")
+    parser.add_argument("--each", type=int, default=4, help="images or clips of a seed")
     parser.add_argument("--runs", type=int, default=6, help="runs, 0 and on, that candidates are compared on")
     args = parser.parse_args()
     for name in args.solvers:
