@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from cachekit.adapter import Adapter
 from cachekit.calibration import LOOKAHEAD, Calibration, SiteRecord, Table, row
 from cachekit.errors import ConfigError
+from cachekit.fingerprint import Fingerprint
 from cachekit.generations import Sample, Sampler, check_runs, relative
+from cachekit.json_files import SegmentSpec, segment_specs
 from cachekit.measures import changes, gram, lookahead, norm_ratios
-from cachekit.plan_file import Fingerprint, SegmentSpec, segment_specs
 from cachekit.policies.every import every
 from cachekit.policies.planned import planned
 from cachekit.probes import ORDERS, check_orders, distinct, probe

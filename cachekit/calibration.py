@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import BaseModel, Field, NonNegativeFloat
 
 from cachekit.errors import ConfigError
+from cachekit.fingerprint import Fingerprint
+from cachekit.json_files import FROZEN, SegmentSpec, Where, read_model, segment_specs
 from cachekit.measures import Matrix
-from cachekit.plan_file import FROZEN, Fingerprint, SegmentSpec, Where, read_model, segment_specs
 
 Row = tuple[float | None, ...]
 Table = tuple[tuple[float, ...], ...]

@@ -13,7 +13,8 @@ from cachekit.calibration import Calibration
 from cachekit.candidates import Candidate
 from cachekit.errors import ConfigError
 from cachekit.generations import Sampler, relative, typical
-from cachekit.plan_file import Plan, ReuseSpec
+from cachekit.json_files import ReuseSpec
+from cachekit.plan_file import Plan
 from cachekit.policies.every import every
 from cachekit.policies.planned import planned
 

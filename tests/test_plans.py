@@ -17,7 +17,8 @@ from zoo import PIXART
 
 import cachekit
 from cachekit import Forecast, Plan
-from cachekit.plan_file import Fingerprint, ReuseSpec, segment_specs
+from cachekit.fingerprint import Fingerprint
+from cachekit.json_files import ReuseSpec, segment_specs
 from cachekit.policies import every, first
 from cachekit.policies.planned import planned
 
