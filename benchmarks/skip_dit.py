@@ -4,6 +4,7 @@
     python benchmarks/skip_dit.py sample --keep runs/claim --first-seed 2050  # the same from another end, beside it
     python benchmarks/skip_dit.py time --times runs/times                     # minutes, on an idle machine
     python benchmarks/skip_dit.py table --keep runs/claim --times runs/times --out runs/table
+    python benchmarks/skip_dit.py alike --keep runs/claim --out runs/table    # models side by side: no times, errors and distances
 
 Samples are many and their times were measured whenever, so that quality comes from the first and speed-ups from the second, where
 all rows of all models take turns in one process. ``--kind video`` does the same for the clips.
@@ -198,9 +199,29 @@ def tables(found: list[dict[str, Any]], timed: list[dict[str, Any]], names: list
             console.print(markdown(name, solver, times), markup=False, highlight=False)
 
 
+def alike(found: list[dict[str, Any]], names: list[str], base: str) -> Table:
+    """Every model's errors, and changes of the distances, of the rows that all of them have."""
+    made = Table(box=box.MARKDOWN)
+    made.add_column("", no_wrap=True)
+    rows = [{row["label"]: row for row in each["solvers"][base]["rows"]} for each in found]
+    for name in names:
+        for column in ("error", "Frechet"):
+            made.add_column(f"{name}: {column}", no_wrap=True)
+    for label in [label for label in rows[0] if all(label in each for each in rows)]:
+        cells = []
+        for each in rows:
+            quality, uncached = each[label]["quality"], each[label]["kind"] == "uncached"
+            changes = [100 * change["value"] for change in quality["frechet_to_uncached"].values()]
+            distances = [kind["value"] for kind in quality["frechet"].values()]
+            cells.append("" if uncached else f"{np.mean(each[label]['errors']):.4f}")
+            cells.append(" / ".join(f"{d:.3g}" for d in distances) if uncached else " / ".join(f"{c:+.1f}" for c in changes) + " %")
+        made.add_row(f"`{label}`" if rows[0][label]["kind"] == "cached" else label, *cells)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sample", "time", "table"))
+    parser.add_argument("what", choices=("sample", "time", "table", "alike"))
     parser.add_argument("--kind", choices=tuple(MODELS), default="image")
     parser.add_argument("--models", nargs="*", help="some of them, in this order, with other weights as NAME:FILE")
     parser.add_argument("--bases", nargs="*", type=int, default=BASES)
@@ -219,6 +240,10 @@ def main() -> None:
     if args.what == "table":
         timed = json.loads((args.times / "compare.json").read_text())
         tables(found, timed, [entry.name for entry in entries(args)])
+    if args.what == "alike":
+        names = [Path(where.partition(":")[2] or where).stem for where in args.models or MODELS[args.kind]]
+        for base in found[0]["solvers"]:
+            Console(width=400).print(f"\n**{base}**\n", alike(found, names, base), sep="\n", markup=False, highlight=False)
 
 
 if __name__ == "__main__":
