@@ -10,9 +10,9 @@ from torch import Tensor
 from cachekit.conditions import Condition, conditions
 from cachekit.estimates import Miss
 from cachekit.graph import Graph
+from cachekit.history import History
 from cachekit.inputs import Inputs
 from cachekit.layout import Layout
-from cachekit.reuse import History
 from cachekit.sampled import Sampled
 from cachekit.segments import Site
 from cachekit.signals import Signal

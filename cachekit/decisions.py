@@ -12,9 +12,9 @@ from torch import Tensor
 from cachekit.branch import Branch, Key
 from cachekit.errors import ConfigError
 from cachekit.estimates import Miss, forecast_error
+from cachekit.history import History
 from cachekit.peek import Peeker
 from cachekit.policy import Step
-from cachekit.reuse import History
 from cachekit.samples import Part, Samples
 from cachekit.segments import Site
 from cachekit.signals import LACKING, PROBES, Compared, Comparison, Of, Signal

@@ -9,7 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from cachekit.reuse import History, Reuse
+from cachekit.history import History
+from cachekit.reuse import Reuse
 
 
 @runtime_checkable

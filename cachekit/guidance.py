@@ -13,9 +13,10 @@ from cachekit.call import Given, GraphChanged, PlainCall
 from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
 from cachekit.graph import has_signature, signature
+from cachekit.history import push
 from cachekit.policy import Step
 from cachekit.refresh import refreshes
-from cachekit.reuse import Reuse, push
+from cachekit.reuse import Reuse
 from cachekit.segments import UNCOND, Site
 from cachekit.tree import Path
 from cachekit.whole import VISIT

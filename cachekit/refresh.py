@@ -11,11 +11,12 @@ from torch import Tensor
 from cachekit.decisions import Decisions
 from cachekit.errors import ConfigError
 from cachekit.graph import Graph, ModuleVisit
+from cachekit.history import push
 from cachekit.inside import MLP
 from cachekit.layout import Layout
 from cachekit.main_stream import with_input
 from cachekit.policy import Step
-from cachekit.reuse import Reuse, push
+from cachekit.reuse import Reuse
 from cachekit.segments import Site
 from cachekit.tree import Path, pick
 

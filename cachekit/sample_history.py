@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cachekit.reuse import Reuse, weighted, weights_of
+from cachekit.history import weighted, weights_of
+from cachekit.reuse import Reuse
 from cachekit.samples import Part, Samples
 
 

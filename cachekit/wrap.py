@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
 from typing import Any, TypeVar
@@ -16,12 +16,8 @@ from cachekit.engine import Engine
 from cachekit.errors import ConfigError, ModelError
 from cachekit.for_model import bound
 from cachekit.interceptors import owner_of
-from cachekit.preset import Preset, settled
-from cachekit.refresh import check, refreshes
-from cachekit.reuse import parse_reuse
-from cachekit.segments import Site, parse_segments
 from cachekit.session import Generation
-from cachekit.signals import INSIDE, LACKING
+from cachekit.sites import passes, sites
 from cachekit.spec import parse_policy
 from cachekit.stats import Stats
 
@@ -129,11 +125,11 @@ def wrap(
         raise ModelError(f"{type(model).__name__} is no torch.nn.Module; wrap the transformer itself, for example pipe.transformer")
     _refuse_nesting(model)
     facts = adapter_for(model, adapter)
-    sites = _sites(lambda written: bound(parse_policy(written), model, facts), preset, segments, reuse)
-    passes = _passes(per_sample, sites, audit_every)
-    guidance.check(sites, cond, per_sample=bool(passes), audited=audit_every is not None)
+    decided = sites(lambda written: bound(parse_policy(written), model, facts), preset, segments, reuse)
+    rows = passes(per_sample, decided, audit_every)
+    guidance.check(decided, cond, per_sample=bool(rows), audited=audit_every is not None)
     unwrap(model)
-    engine = Engine(model, sites, facts, audit_every, passes, cond)
+    engine = Engine(model, decided, facts, audit_every, rows, cond)
     engine.attach()
     model.__dict__["cachekit"] = Handle(engine)
     return model
@@ -185,38 +181,3 @@ def _refuse_nesting(model: nn.Module) -> None:
                 f"{f'its module {name!r}' if name else 'it'} lies in a {type(owner.model).__name__} that is wrapped already; "
                 "cachekit.unwrap that one first, or wrap only one of the two"
             )
-
-
-def _passes(per_sample: bool | int, sites: tuple[Site, ...], audit_every: int | None) -> int:
-    if not isinstance(per_sample, int) or per_sample < 0:
-        raise ConfigError(
-            f"per_sample={per_sample!r}: write True, False, or how many passes of each sample are in one batch (2 for guidance)"
-        )
-    if per_sample and len(sites) > 1 and any(site.segment.is_model for site in sites):
-        raise ConfigError("per_sample: decide on segments='model' for each sample, or on segments of blocks, not on both at once")
-    if per_sample and (audit_every is not None or any("estimate" in site.policy.required() for site in sites)):
-        raise ConfigError(
-            "per_sample: audits and estimates of the error are made for a whole batch; leave per_sample out, or audit_every and "
-            "the policy that reads step.estimate"
-        )
-    if per_sample and any(refreshes(site.reuse) for site in sites):
-        raise ConfigError("per_sample: tokens are recomputed for a whole batch; leave per_sample out, or take another reuse")
-    return int(per_sample)
-
-
-def _sites(read: Callable[[Any], Preset], policy: Preset, segments: Any, reuse: Any) -> tuple[Site, ...]:
-    preset = read(policy)
-    default_reuse = reuse if reuse is not None else preset.reuse
-    made = []
-    for segment in parse_segments(segments if segments is not None else settled(preset.segments)):
-        own = preset if segment.policy is None else read(segment.policy)
-        chosen = next((r for r in (segment.reuse, reuse, own.reuse, default_reuse) if r is not None), "output")
-        site = Site(segment, own.policy, parse_reuse(settled(chosen)))
-        check(site)
-        looked_at = {signal.of for signal in site.signals}
-        for of in sorted(INSIDE & looked_at if segment.is_model else ()):
-            raise ConfigError(LACKING[of])
-        made.append(site)
-    if sum(site.segment.is_model for site in made) > 1:
-        raise ConfigError("segments name the whole prediction ('model', or 'uncond' of it) twice; once is enough")
-    return tuple(made)

@@ -22,9 +22,9 @@ from wrapping import stats
 from zoo import DIT, FLUX
 
 import cachekit
+from cachekit.history import History
 from cachekit.policies import change, every, first_block
 from cachekit.policy import Policy, Step
-from cachekit.reuse import History
 from cachekit.sample_history import SampleHistory
 from cachekit.samples import Part, Samples
 from cachekit.signals import Compared, Comparison

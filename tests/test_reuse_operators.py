@@ -29,8 +29,8 @@ from wrapping import handle, stats
 
 import cachekit
 from cachekit import Forecast, Reuse
+from cachekit.history import History
 from cachekit.policies.reuses import Bdf, Chebyshev, FlowLogSnr, Hermite, LogSnr, Mix, Scale, TaylorSeer
-from cachekit.reuse import History
 
 EPS, HALF = 2.0**-53, math.sqrt(0.5)
 ALPHAS = tuple(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).tolist())
