@@ -90,12 +90,12 @@ PAPER = {
 
 
 def entries(args: argparse.Namespace) -> list[Entry]:
-    """The models with their rows; ``--models`` chooses some, and other weights as ``NAME:FILE``."""
+    """The models with their rows; ``--models`` and ``--rows`` choose some, and other weights are ``NAME:FILE``."""
     known = MODELS[args.kind]
     found = []
     for where in args.models or known:
         name = where.partition(":")[0]
-        rows = tuple(row.format(**FORMAT[args.kind]) for row in known[name])
+        rows = tuple(args.rows or (row.format(**FORMAT[args.kind]) for row in known[name]))
         found.append(Entry(find_target(where, args.each), rows, name))
     return found
 
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("what", choices=("sample", "time", "table", "alike"))
     parser.add_argument("--kind", choices=tuple(MODELS), default="image")
     parser.add_argument("--models", nargs="*", help="some of them, in this order, with other weights as NAME:FILE")
+    parser.add_argument("--rows", nargs="*", help="these caches alone, for every model")
     parser.add_argument("--bases", nargs="*", type=int, default=BASES)
     parser.add_argument("--each", type=int, default=20, help="samples of a noise seed")
     parser.add_argument("--seeds", type=int, default=100)
