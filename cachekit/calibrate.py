@@ -103,7 +103,7 @@ def calibrate(
         The calibration, for ``search`` and for fitted policies.
 
     Raises:
-        ConfigError: segments that can't be read, or a ``sample`` that is not one repeatable generation of one schedule.
+        ConfigError: segments or probes that can't be read, or a ``sample`` that is not one repeatable generation of one schedule.
         ModelError: the model can't be wrapped, or shows other values from step to step.
     """
     numbers, orders = check_runs(runs), check_orders(probes)
