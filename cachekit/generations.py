@@ -15,16 +15,13 @@ from cachekit.errors import ConfigError
 from cachekit.tree import tensors
 from cachekit.wrap import unwrap, wrap
 
-# Relative error that is nothing: samples are mostly of single precision, whose rounding is half of this.
-RESOLUTION = 2.0**-23
-
 # sample(run) runs one whole generation of a numbered run, and returns its final sample.
 Sample = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A generation: its final samples, (batch, values) in double precision, its seconds, and the share of blocks that ran."""
+    """A generation: its final sample, flat and in double precision, its seconds, and the share of blocks that ran."""
 
     sample: Tensor
     seconds: float
@@ -65,7 +62,7 @@ class Sampler:
         with torch.no_grad():
             result = self.sample(run)
         seconds = time.perf_counter() - begun
-        found = [tensor.detach().double() for _, tensor in tensors(result) if tensor.is_floating_point()]
+        found = [tensor.detach().double().flatten() for _, tensor in tensors(result) if tensor.is_floating_point()]
         if not found:
             raise ConfigError(
                 f"sample({run}) returned {type(result).__name__}; return the final sample as a tensor (of latents, say)"
@@ -76,27 +73,18 @@ class Sampler:
                 f"sample({run}) began {stats.generations} generations; run one from its noise to its sample, with this model, "
                 "within model.cachekit.session(steps=...) where the samples could be taken for several"
             )
-        return Outcome(_rows(found), seconds, stats.blocks_run / stats.blocks_total if stats.blocks_total else 1.0)
-
-
-def _rows(found: list[Tensor]) -> Tensor:
-    """A row for each sample of the batch; a single one where no batch is to be seen."""
-    batch = len(found[0]) if found[0].ndim > 1 else 0
-    if not batch or any(tensor.ndim < 2 or len(tensor) != batch for tensor in found):
-        return torch.cat([tensor.flatten() for tensor in found])[None]
-    return torch.cat([tensor.flatten(1) for tensor in found], 1)
+        return Outcome(torch.cat(found), seconds, stats.blocks_run / stats.blocks_total if stats.blocks_total else 1.0)
 
 
 def relative(x: Tensor, full: Tensor) -> Tensor:
-    """(x - full) / |full|, (batch, values); its norm is the relative error.
+    """(x - full) / |full|; its norm is the relative error.
 
     Raises:
         ConfigError: they have different sizes, or the full one is nothing to compare with.
     """
     if x.shape != full.shape:
         raise ConfigError(
-            f"two calls of one run returned batch and values of {tuple(full.shape)} and {tuple(x.shape)}; sample(run) must depend "
-            "on its run alone"
+            f"two samples of one run have {full.numel()} and {x.numel()} elements; sample(run) must depend on its run alone"
         )
     norm = torch.linalg.vector_norm(full)
     if not bool(torch.isfinite(norm)) or float(norm) == 0.0:
@@ -105,19 +93,6 @@ def relative(x: Tensor, full: Tensor) -> Tensor:
         )
     found: Tensor = (x - full) / norm
     return found
-
-
-def typical(difference: Tensor) -> float:
-    """Mean logarithm of the errors of a batch's samples.
-
-    Args:
-        difference: of ``relative``.
-
-    Returns:
-        The mean over the batch of log(|its row| √batch), infinite where a sample ran away.
-    """
-    norms = torch.linalg.vector_norm(difference, dim=1) * len(difference) ** 0.5
-    return float(norms.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(min=RESOLUTION).log().mean())
 
 
 def check_runs(runs: int | Sequence[int]) -> tuple[int, ...]:

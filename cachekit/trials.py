@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import Tensor
 from cachekit.calibration import Calibration
 from cachekit.candidates import Candidate
 from cachekit.errors import ConfigError
-from cachekit.generations import Sampler, relative, typical
+from cachekit.generations import Sampler, relative
 from cachekit.json_files import ReuseSpec
 from cachekit.plan_file import Plan
 from cachekit.policies.every import every
 from cachekit.policies.planned import planned
+
+# A relative error that is none: samples are mostly of single precision, whose rounding is half of this.
+NOTHING = 2.0**-23
 
 
 class Trials:
@@ -32,7 +36,7 @@ class Trials:
     def __init__(self, sampler: Sampler, calibration: Calibration, runs: tuple[int, ...], tick: Callable[[], Any]) -> None:
         self.sampler, self.calibration, self.runs, self.tick = sampler, calibration, runs, tick
         self._full: dict[int, Tensor] = {}
-        self._errors: dict[tuple[Candidate, int], tuple[float, float]] = {}
+        self._errors: dict[tuple[Candidate, int], float] = {}
         self._seconds: dict[Candidate, list[float]] = {}
         self._blocks: dict[Candidate, float] = {}
 
@@ -46,15 +50,15 @@ class Trials:
 
     def error(self, candidate: Candidate) -> float:
         """Mean relative error of the runs."""
-        return float(np.mean([self._error(candidate, run)[0] for run in self.runs]))
+        return float(np.mean([self._error(candidate, run) for run in self.runs]))
 
     def score(self, candidate: Candidate, runs: int | None = None) -> float:
-        """What candidates are compared by, less being better: the mean logarithm of single samples' errors.
+        """What candidates are compared by, less being better: the mean logarithm of the runs' errors, the first so many or all.
 
-        Over the first so many runs or all. A mean of the errors themselves follows the few samples that differ most, and which
-        these are is chance: on the Skip-DiT one batch of six outweighed five (docs/plans.md).
+        A mean of the errors follows the run that differs most, and which that is is chance: on the Skip-DiT one batch of six
+        outweighed five (docs/plans.md).
         """
-        return float(np.mean([self._error(candidate, run)[1] for run in self.runs[:runs]]))
+        return float(np.mean([math.log(max(self._error(candidate, run), NOTHING)) for run in self.runs[:runs]]))
 
     def glance(self, candidate: Candidate) -> float:
         """The score on a first look, at a third of the runs."""
@@ -64,8 +68,7 @@ class Trials:
         """Whether one's score is below another's; a first look saves the other runs where it is not there."""
         return self.glance(candidate) < self.glance(than) and self.score(candidate) < self.score(than)
 
-    def _error(self, candidate: Candidate, run: int) -> tuple[float, float]:
-        """Relative error of a run, and the mean logarithm of its samples' errors."""
+    def _error(self, candidate: Candidate, run: int) -> float:
         key = candidate, run
         if key not in self._errors:
             full, segments = self.full(run), [spec.segment() for spec in self.calibration.site(candidate.site).segments]
@@ -77,12 +80,11 @@ class Trials:
                 # Not every site has a residual: a prediction with learned variances is no sample's shape.
                 if not candidate.reuse.beta:
                     raise
-                self._errors[key] = float("inf"), float("inf")
+                self._errors[key] = float("inf")
                 return self._errors[key]
-            difference = relative(outcome.sample, full)
-            error = float(torch.linalg.vector_norm(difference))
+            error = float(torch.linalg.vector_norm(relative(outcome.sample, full)))
             # One that ran away to infinity is as bad as can be, and must sort as such.
-            self._errors[key] = error if np.isfinite(error) else float("inf"), typical(difference)
+            self._errors[key] = error if np.isfinite(error) else float("inf")
             self._seconds.setdefault(candidate, []).append(outcome.seconds)
             self._blocks[candidate] = outcome.blocks
             self.tick()
@@ -90,7 +92,7 @@ class Trials:
 
     def plan(self, candidate: Candidate) -> Plan:
         """A candidate as a plan, measured on all runs."""
-        errors = [self._error(candidate, run)[0] for run in self.runs]
+        errors = [self._error(candidate, run) for run in self.runs]
         return Plan(
             model=self.calibration.model,
             timesteps=self.calibration.timesteps,
