@@ -91,7 +91,7 @@ def calibrate(
     Args:
         model: as for ``wrap``; it is wrapped meanwhile, and unwrapped afterwards.
         sample: ``sample(run)`` runs one whole generation with this model, from the noise of this number to the final sample, and
-            returns that as a tensor. It opens ``model.cachekit.session(steps=...)`` if it wants to.
+            returns that as a tensor, its batch first. It opens ``model.cachekit.session(steps=...)`` if it wants to.
         runs: how many runs (from 0), or their numbers. The first one gives the amplification.
         sites: segments, each as in ``wrap``; modules as well.
         probes: orders of the forecasts by which a step alone is reused; a generation for each step, site and order. One order does

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cachekit.adapter import Adapter
 from cachekit.errors import ConfigError
+from cachekit.measures import Matrix
 from cachekit.tree import tensors
 from cachekit.wrap import unwrap, wrap
 
@@ -21,7 +22,7 @@ Sample = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A generation: its final sample, flat and in double precision, its seconds, and the share of blocks that ran."""
+    """A generation: its final samples, (batch, values) in double precision, its seconds, and the share of blocks that ran."""
 
     sample: Tensor
     seconds: float
@@ -62,7 +63,7 @@ class Sampler:
         with torch.no_grad():
             result = self.sample(run)
         seconds = time.perf_counter() - begun
-        found = [tensor.detach().double().flatten() for _, tensor in tensors(result) if tensor.is_floating_point()]
+        found = [tensor.detach().double() for _, tensor in tensors(result) if tensor.is_floating_point()]
         if not found:
             raise ConfigError(
                 f"sample({run}) returned {type(result).__name__}; return the final sample as a tensor (of latents, say)"
@@ -73,18 +74,27 @@ class Sampler:
                 f"sample({run}) began {stats.generations} generations; run one from its noise to its sample, with this model, "
                 "within model.cachekit.session(steps=...) where the samples could be taken for several"
             )
-        return Outcome(torch.cat(found), seconds, stats.blocks_run / stats.blocks_total if stats.blocks_total else 1.0)
+        return Outcome(_rows(found), seconds, stats.blocks_run / stats.blocks_total if stats.blocks_total else 1.0)
+
+
+def _rows(found: list[Tensor]) -> Tensor:
+    """A row for each sample of the batch; a single one where no batch is to be seen."""
+    batch = len(found[0]) if found[0].ndim > 1 else 0
+    if not batch or any(tensor.ndim < 2 or len(tensor) != batch for tensor in found):
+        return torch.cat([tensor.flatten() for tensor in found])[None]
+    return torch.cat([tensor.flatten(1) for tensor in found], 1)
 
 
 def relative(x: Tensor, full: Tensor) -> Tensor:
-    """(x - full) / |full|; its norm is the relative error.
+    """(x - full) / |full|, (batch, values); its norm is the relative error.
 
     Raises:
         ConfigError: they have different sizes, or the full one is nothing to compare with.
     """
     if x.shape != full.shape:
         raise ConfigError(
-            f"two samples of one run have {full.numel()} and {x.numel()} elements; sample(run) must depend on its run alone"
+            f"two calls of one run returned batch and values of {tuple(full.shape)} and {tuple(x.shape)}; sample(run) must depend "
+            "on its run alone"
         )
     norm = torch.linalg.vector_norm(full)
     if not bool(torch.isfinite(norm)) or float(norm) == 0.0:
@@ -92,6 +102,17 @@ def relative(x: Tensor, full: Tensor) -> Tensor:
             "the uncached sample is zero or not finite, so that no error is relative to it; see that sample(run) works"
         )
     found: Tensor = (x - full) / norm
+    return found
+
+
+def each(difference: Tensor) -> Matrix:
+    """The errors of a batch's samples, relative to the mean square of the full ones, (batch,); infinite where one ran away.
+
+    Args:
+        difference: of ``relative``.
+    """
+    norms = torch.linalg.vector_norm(difference, dim=1) * len(difference) ** 0.5
+    found: Matrix = norms.nan_to_num(nan=torch.inf, posinf=torch.inf).cpu().numpy()
     return found
 
 

@@ -39,7 +39,7 @@ def search(
     least maximum, with and without guards, beside even and periodic schedules (``cachekit.candidates``). The order of the forecast
     and the share of the input's change that is passed on (``blend``, ``beta``) are settled by running, and the bound of its
     weights (``cachekit.settle``). What counts in the end is what came out when they were run, on the calibration's noise: the
-    mean logarithm of the runs' errors.
+    mean of all samples' errors.
 
     Args:
         calibration: of this very model and sampler.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor
 from cachekit.calibration import Calibration
 from cachekit.candidates import Candidate
 from cachekit.errors import ConfigError
-from cachekit.generations import Sampler, relative
+from cachekit.generations import Sampler, each, relative
 from cachekit.json_files import ReuseSpec
+from cachekit.measures import Matrix
 from cachekit.plan_file import Plan
 from cachekit.policies.every import every
 from cachekit.policies.planned import planned
@@ -36,7 +36,7 @@ class Trials:
     def __init__(self, sampler: Sampler, calibration: Calibration, runs: tuple[int, ...], tick: Callable[[], Any]) -> None:
         self.sampler, self.calibration, self.runs, self.tick = sampler, calibration, runs, tick
         self._full: dict[int, Tensor] = {}
-        self._errors: dict[tuple[Candidate, int], float] = {}
+        self._errors: dict[tuple[Candidate, int], tuple[float, Matrix]] = {}
         self._seconds: dict[Candidate, list[float]] = {}
         self._blocks: dict[Candidate, float] = {}
 
@@ -50,25 +50,29 @@ class Trials:
 
     def error(self, candidate: Candidate) -> float:
         """Mean relative error of the runs."""
-        return float(np.mean([self._error(candidate, run) for run in self.runs]))
+        return float(np.mean([self._error(candidate, run)[0] for run in self.runs]))
 
-    def score(self, candidate: Candidate, runs: int | None = None) -> float:
-        """What candidates are compared by, less being better: the mean logarithm of the runs' errors, the first so many or all.
-
-        A mean of the errors follows the run that differs most, and which that is is chance: on the Skip-DiT one batch of six
-        outweighed five (docs/plans.md).
-        """
-        return float(np.mean([math.log(max(self._error(candidate, run), NOTHING)) for run in self.runs[:runs]]))
+    def score(self, candidate: Candidate) -> float:
+        """What decides between candidates, less being better: the mean error of all samples."""
+        return float(np.mean(self._of_samples(candidate, self.runs)))
 
     def glance(self, candidate: Candidate) -> float:
-        """The score on a first look, at a third of the runs."""
-        return self.score(candidate, max(1, len(self.runs) // 3))
+        """A first look, at a third of the runs: the mean logarithm of their samples' errors.
+
+        Of so few a mean of the errors follows the one that differs most, and which that is is chance (docs/plans.md).
+        """
+        some = self.runs[: max(1, len(self.runs) // 3)]
+        return float(np.mean(np.log(np.maximum(self._of_samples(candidate, some), NOTHING))))
 
     def better(self, candidate: Candidate, than: Candidate) -> bool:
-        """Whether one's score is below another's; a first look saves the other runs where it is not there."""
+        """Whether one is better than another, on a first look too, which saves the other runs where it is not."""
         return self.glance(candidate) < self.glance(than) and self.score(candidate) < self.score(than)
 
-    def _error(self, candidate: Candidate, run: int) -> float:
+    def _of_samples(self, candidate: Candidate, runs: tuple[int, ...]) -> Matrix:
+        return np.concatenate([self._error(candidate, run)[1] for run in runs])
+
+    def _error(self, candidate: Candidate, run: int) -> tuple[float, Matrix]:
+        """Relative error of a run, and of each of its samples, (batch,)."""
         key = candidate, run
         if key not in self._errors:
             full, segments = self.full(run), [spec.segment() for spec in self.calibration.site(candidate.site).segments]
@@ -80,11 +84,12 @@ class Trials:
                 # Not every site has a residual: a prediction with learned variances is no sample's shape.
                 if not candidate.reuse.beta:
                     raise
-                self._errors[key] = float("inf")
+                self._errors[key] = float("inf"), np.full(len(full), np.inf)
                 return self._errors[key]
-            error = float(torch.linalg.vector_norm(relative(outcome.sample, full)))
+            difference = relative(outcome.sample, full)
+            error = float(torch.linalg.vector_norm(difference))
             # One that ran away to infinity is as bad as can be, and must sort as such.
-            self._errors[key] = error if np.isfinite(error) else float("inf")
+            self._errors[key] = error if np.isfinite(error) else float("inf"), each(difference)
             self._seconds.setdefault(candidate, []).append(outcome.seconds)
             self._blocks[candidate] = outcome.blocks
             self.tick()
@@ -92,7 +97,7 @@ class Trials:
 
     def plan(self, candidate: Candidate) -> Plan:
         """A candidate as a plan, measured on all runs."""
-        errors = [self._error(candidate, run) for run in self.runs]
+        errors = [self._error(candidate, run)[0] for run in self.runs]
         return Plan(
             model=self.calibration.model,
             timesteps=self.calibration.timesteps,
