@@ -53,3 +53,11 @@ def test_what_another_package_brings_is_listed_and_a_broken_one_says_why(monkeyp
     found = rows(listed())
     assert found["theirs-N"].startswith("Recompute at steps")
     assert "no_such_module" in found["broken (can't be loaded)"]
+
+
+@pytest.mark.parametrize("command", ([], ["compare"], ["policies"]), ids=" ".join)
+def test_help_says_what_is_written(command: list[str]) -> None:
+    """Brackets of a spec are no markup."""
+    result = CliRunner().invoke(commands.app, [*command, "--help"], catch_exceptions=False)
+    assert result.exit_code == 0 and "Usage:" in result.output
+    assert ("[TARGET=]POLICY[@SEGMENTS][/REUSE]" in result.output) == (command == ["compare"])

@@ -23,7 +23,12 @@ from cachekit.spec import file_usage, known_policies, summary, usage
 # A table that is cut off says nothing; where nobody looks at a terminal, there is no width to keep to.
 WIDTH = 184
 
-app = typer.Typer(help="Skip parts of a diffusion transformer per denoising step.", add_completion=False, no_args_is_help=True)
+app = typer.Typer(
+    help="Skip parts of a diffusion transformer per denoising step.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 def _console() -> Console:
