@@ -105,7 +105,7 @@ def relative(x: Tensor, full: Tensor) -> Tensor:
     return found
 
 
-def each(difference: Tensor) -> Matrix:
+def sample_errors(difference: Tensor) -> Matrix:
     """The errors of a batch's samples, relative to the mean square of the full ones, (batch,); infinite where one ran away.
 
     Args:

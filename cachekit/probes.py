@@ -43,9 +43,9 @@ def check_orders(orders: Sequence[int]) -> tuple[int, ...]:
     """Orders of the probes.
 
     Raises:
-        ConfigError: there is none, one twice, or one that the bound of the weights does not allow.
+        ConfigError: there is none, one twice, or one that is none of ``ORDERS``.
     """
-    found = tuple(orders)
+    found = tuple(orders) if isinstance(orders, Sequence) else ()
     if not found or len(set(found)) < len(found) or any(order not in ORDERS for order in found):
-        raise ConfigError(f"probes={orders!r}: give some of the orders {', '.join(map(str, ORDERS))}, each once")
+        raise ConfigError(f"probes={orders!r}: give some of the orders {', '.join(map(str, ORDERS))}, each once, such as (1,)")
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from cachekit.calibration import Calibration
 from cachekit.candidates import Candidate
 from cachekit.errors import ConfigError
-from cachekit.generations import Sampler, each, relative
+from cachekit.generations import Sampler, relative, sample_errors
 from cachekit.json_files import ReuseSpec
 from cachekit.measures import Matrix
 from cachekit.plan_file import Plan
@@ -89,7 +89,7 @@ class Trials:
             difference = relative(outcome.sample, full)
             error = float(torch.linalg.vector_norm(difference))
             # One that ran away to infinity is as bad as can be, and must sort as such.
-            self._errors[key] = error if np.isfinite(error) else float("inf"), each(difference)
+            self._errors[key] = error if np.isfinite(error) else float("inf"), sample_errors(difference)
             self._seconds.setdefault(candidate, []).append(outcome.seconds)
             self._blocks[candidate] = outcome.blocks
             self.tick()

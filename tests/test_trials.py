@@ -16,7 +16,7 @@ from torch import Tensor
 import cachekit
 from cachekit import Forecast
 from cachekit.candidates import Candidate
-from cachekit.generations import Outcome, Sampler, each, relative
+from cachekit.generations import Outcome, Sampler, relative, sample_errors
 from cachekit.policies import every
 from cachekit.trials import NOTHING, Trials
 
@@ -31,14 +31,14 @@ def test_errors_of_samples(errors: list[float], seed: int) -> None:
     full, off = torch.nn.functional.normalize(torch.randn(2, len(errors), 24, generator=generator).double(), dim=-1).unbind()
     difference = relative(full + off * torch.tensor(errors, dtype=torch.float64)[:, None], full)
     # x - full loses at most 2^-52 (1 + e) of an error e >= 1e-5: 1e-10 of it.
-    np.testing.assert_allclose(each(difference), errors, rtol=1e-8)
-    assert np.mean(each(difference) ** 2) == pytest.approx(float(difference.norm()) ** 2)
+    np.testing.assert_allclose(sample_errors(difference), errors, rtol=1e-8)
+    assert np.mean(sample_errors(difference) ** 2) == pytest.approx(float(difference.norm()) ** 2)
 
 
 def test_samples_that_ran_away() -> None:
     full = torch.eye(2, dtype=torch.float64)
     for bad in (math.inf, -math.inf, math.nan):
-        assert each(relative(torch.tensor([[1.0, 0.0], [bad, 1.0]]), full)).tolist() == [0.0, math.inf]
+        assert sample_errors(relative(torch.tensor([[1.0, 0.0], [bad, 1.0]]), full)).tolist() == [0.0, math.inf]
 
 
 class Off:
