@@ -29,6 +29,8 @@ from cachekit.errors import ConfigError
 
 QUIET = Console(quiet=True)
 
+WEIGHTS = Path(__file__).parents[1] / "training" / "weights"
+
 
 class Pixels:
     """Mean of each of four pixels; the real ones are normal."""
@@ -254,6 +256,14 @@ def test_a_shipped_target_by_name() -> None:
     assert made.solvers[0].sample(0, 1).shape == (3, 1, 28, 28)
     with pytest.raises(ConfigError, match="or one of plain, skip-dit, retrofit, control, video, video-skip"):
         shipped.find_target("skip-dti", 3)
+
+
+@pytest.mark.parametrize(("name", "file"), [("plain", "fashion_dit_1"), ("skip-dit", "fashion_skip_dit_1")])
+def test_the_second_seeds_weights_are_of_the_same_models(name: str, file: str) -> None:
+    """Those in training/weights fit, and are others than the shipped ones."""
+    ours, theirs = shipped.find_target(name, 1).model, shipped.find_target(f"{name}:{WEIGHTS / file}.safetensors", 1).model
+    assert all(torch.isfinite(value).all() for value in theirs.state_dict().values())
+    assert any(not torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
 
 
 def test_a_shipped_target_with_other_weights(tmp_path: Path) -> None:
