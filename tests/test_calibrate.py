@@ -304,6 +304,19 @@ def test_files(calibration: Calibration, tmp_path: Path) -> None:
         Calibration.load(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize(("probes", "each"), [((0, 1, 2), 3 * (STEPS - 2)), ((1,), STEPS - 1), ((0, 2), 2 * STEPS - 3)])
+def test_no_generation_is_run_twice(model: Any, probes: tuple[int, ...], each: int) -> None:
+    """At the second step there is one value, at the third there are two: orders that are the same there are one probe."""
+    runs = list[int]()
+
+    def sample(run: int) -> Tensor:
+        runs.append(run)
+        return sampling(model)(run)
+
+    cachekit.calibrate(model, sample, runs=2, sites=("model",), probes=probes, progress=False)
+    assert len(runs) == 2 * (1 + 1) + each and runs.count(1) == 2
+
+
 def test_fewer_probes(model: Any, calibration: Calibration) -> None:
     """What one order finds is what all three found for it; a file that does not name its probes has the one of order 1."""
     one = cachekit.calibrate(model, sampling(model), runs=2, sites=("middle",), probes=(1,), progress=False).site("middle")
