@@ -2,6 +2,7 @@
 
     python benchmarks/search.py --out search.json        # some hours on two cores, nearly all of them for DDIM-50
     python benchmarks/search.py --out skips.json --target skip-dit --solvers DDIM-20 --sites model --seeds 24
+    python benchmarks/search.py --out clips.json --target video --solvers DDIM-20 --sites model --each 1 --seeds-a-run 8 --runs 3
 
 For each solver and site it runs all fixed schedules (``FIXED``), then searches a plan for each number of full steps at which any of
 them stood, and runs that on the same seeds. What was found is written to ``--out`` as it comes; what stands there is not run again.
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from defaults import variants
 from rich import box
 from rich.console import Console
@@ -27,16 +27,12 @@ from torch import Tensor
 
 import cachekit
 from cachekit.calibrate import calibrate
-from cachekit.demo import fashion
 from cachekit.demo.measure import relative_error
 from cachekit.demo.shipped import find_target
 from cachekit.search import search
 
-# Of a run of images; one of clips is of a single seed. The calibration makes two runs, and candidates are compared on ``--runs``.
-SEEDS_A_RUN = 4
 SITES = ("model", "middle")
 SOLVERS = {"DDIM-50": ("DDIM", 50), "DDIM-20": ("DDIM", 20), "DPM-Solver++(2M)-30": ("DPM-Solver++(2M)", 30)}
-SCHEDULERS = {"DDIM": fashion.ddim, "DPM-Solver++(2M)": fashion.dpm_solver}
 REUSES = ("output", "grid-taylor-1", "grid-taylor-2")
 PRESETS = ("taylorseer", "hicache", "foca")
 
@@ -65,36 +61,21 @@ def fixed() -> Iterator[Fixed]:
             yield Fixed(f"N{n}-700-50 {reuse}", f"N{n}-700-50", reuse)
 
 
-def images(model: Any, scheduler: Any, seeds: range, each: int, steps: int) -> Tensor:
-    """Images of several seeds in one batch, (seeds * each, 1, 28, 28), each seed's as ``fashion.sample`` makes them."""
-    x = torch.cat([torch.randn(each, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    labels = torch.cat([(torch.arange(each) + seed * each) % len(fashion.CLASSES) for seed in seeds])
-    scheduler.set_timesteps(steps)
-    with torch.inference_mode(), model.cachekit.session(steps=steps):
-        for t in scheduler.timesteps:
-            noise = model(x, timestep=t.expand(len(x)), class_labels=labels).sample
-            x = scheduler.step(noise, t, x).prev_sample
-    return x
-
-
 class Bench:
     """One solver on one model: measured errors."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         solver, self.steps = SOLVERS[name]
-        self.each = args.each
+        self.each, self.seeds_a_run = args.each, args.seeds_a_run
         target = find_target(args.target, self.each)
-        self.model, self.scheduler = target.model, SCHEDULERS[solver]()
+        self.model = target.model
         self.solver = next(known for known in target.solvers if known.name == solver)
-        self.clips = args.target.startswith("video")
         self.seeds = range(args.first_seed, args.first_seed + args.seeds)
         self._full: Tensor | None = None
 
     def sample(self, seeds: range) -> Tensor:
-        """Samples of several seeds: clips one seed after the other, images in one batch."""
-        if not self.clips:
-            return images(self.model, self.scheduler, seeds, self.each, self.steps)
-        return torch.cat([self.solver.run(seed, self.steps) for seed in seeds])
+        """Samples of several seeds in one batch."""
+        return self.solver.sample(seeds, self.steps)
 
     def run(self, policy: Any, segments: Any, reuse: Any) -> tuple[tuple[bool, ...], Tensor]:
         """Which steps were full, and the report seeds' samples."""
@@ -125,8 +106,7 @@ class Bench:
         return calibrate(self.model, self.numbered, runs=2, sites=sites)
 
     def numbered(self, run: int) -> Tensor:
-        seeds = 1 if self.clips else SEEDS_A_RUN
-        return self.sample(range(run * seeds, (run + 1) * seeds))
+        return self.sample(range(run * self.seeds_a_run, (run + 1) * self.seeds_a_run))
 
     def searched(self, calibration: Any, site: str, full: int, args: argparse.Namespace) -> dict[str, Any]:
         front = search(calibration, self.model, self.numbered, budget=full, sites=[site], tries=args.tries, runs=range(args.runs))
@@ -205,6 +185,9 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=2000, help="of those that errors are reported on")
     parser.add_argument("--seeds", type=int, default=6, help="how many these are")
     parser.add_argument("--each", type=int, default=4, help="images or clips of a seed")
+    parser.add_argument(
+        "--seeds-a-run", type=int, default=4, help="in one batch, of the calibration's two runs and of those of --runs"
+    )
     parser.add_argument("--runs", type=int, default=6, help="runs, 0 and on, that candidates are compared on")
     args = parser.parse_args()
     for name in args.solvers:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.torch import save_file
@@ -22,7 +24,8 @@ from cachekit.demo.app import app
 from cachekit.demo.bootstrap import Interval
 from cachekit.demo.compare import Entry, compare_all
 from cachekit.demo.frechet import frechet
-from cachekit.demo.measure import Measured
+from cachekit.demo.measure import Measured, relative_error
+from cachekit.demo.noise import start
 from cachekit.demo.report_quality import figure, quality_table, share
 from cachekit.demo.target import Solver, Target
 from cachekit.errors import ConfigError
@@ -280,3 +283,24 @@ def test_a_shipped_target_with_other_weights(tmp_path: Path) -> None:
         shipped.find_target(f"plain:{tmp_path / 'skip-dit'}.safetensors", 2)
     with pytest.raises(ConfigError, match="there is no file of weights"):
         shipped.find_target("plain:nowhere.safetensors", 2)
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 10))
+def test_a_seed_has_the_same_noise_and_classes_beside_others(seeds: list[int], each: int, classes: int) -> None:
+    noise, labels = start(seeds, each, (2, 3), classes)
+    for n, seed in enumerate(seeds):
+        alone = start(seed, each, (2, 3), classes)
+        assert torch.equal(noise[n * each : (n + 1) * each], alone[0]) and torch.equal(labels[n * each : (n + 1) * each], alone[1])
+    assert labels.tolist() == [(seed * each + i) % classes for seed in seeds for i in range(each)]
+
+
+@pytest.mark.parametrize("kind", [fashion, clips])
+def test_seeds_in_one_batch_give_what_each_gives_alone(kind: Any) -> None:
+    model, steps, seeds = kind.new_model(), 2, (3, 8)
+    apart = torch.cat([kind.sample(model, fashion.ddim(), seed, steps, 2) for seed in seeds])
+    found = kind.sample(model, fashion.ddim(), seeds, steps, 2)
+    assert torch.equal(kind.sample(model, fashion.ddim(), [3], steps, 2), apart[:2])
+    # Products of a batch are summed in another order: errors of sqrt(512) roundings in each of eight products of matrices in each
+    # of twelve blocks, were none to cancel another block's.
+    bound = steps * 12 * 8 * 512**0.5 * torch.finfo(torch.float32).eps
+    assert found.shape == apart.shape and relative_error(found, apart) < bound

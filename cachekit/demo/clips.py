@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 import cachekit
 from cachekit.demo.efficientnet import Efficientnet, available
 from cachekit.demo.fashion import ddim, dpm_solver
+from cachekit.demo.noise import start
 from cachekit.demo.stored import with_weights
 from cachekit.demo.target import Solver, Target
 
@@ -86,15 +88,15 @@ def caption(labels: Tensor) -> Tensor:
     return functional.one_hot(labels, len(CLASSES)).float()[:, None]
 
 
-def sample(model: Any, scheduler: Any, seed: int, steps: int, clips: int) -> Tensor:
-    """Clips (n, 3, 8, 32, 32) of one noise seed; their classes count on from seed to seed, so that all get their turn."""
-    x = torch.randn(clips, 3, FRAMES, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-    captions = caption((torch.arange(clips) + seed * clips) % len(CLASSES))
+def sample(model: Any, scheduler: Any, seed: int | Sequence[int], steps: int, clips: int) -> Tensor:
+    """Clips (n, 3, 8, 32, 32) of a noise seed, or of several in one batch; which classes, ``cachekit.demo.noise`` says."""
+    x, labels = start(seed, clips, (3, FRAMES, SIZE, SIZE), len(CLASSES))
+    captions = caption(labels)
     scheduler.set_timesteps(steps)
     handle = getattr(model, "cachekit", None)
     with torch.inference_mode(), handle.session(steps=steps) if handle is not None else contextlib.nullcontext():
         for t in scheduler.timesteps:
-            predicted = model(x, timestep=t.expand(clips), encoder_hidden_states=captions).sample
+            predicted = model(x, timestep=t.expand(len(x)), encoder_hidden_states=captions).sample
             x = scheduler.step(predicted, t, x).prev_sample
     return x
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 import cachekit
 from cachekit.demo.efficientnet import Efficientnet, available
 from cachekit.demo.frechet import Realism
+from cachekit.demo.noise import start
 from cachekit.demo.stored import with_weights
 from cachekit.demo.target import Solver, Target
 
@@ -79,15 +81,14 @@ def dpm_solver(prediction: str = "epsilon") -> Any:
     )
 
 
-def sample(model: Any, scheduler: Any, seed: int, steps: int, images: int) -> Tensor:
-    """Images (n, 1, 28, 28) of one noise seed; their classes count on from seed to seed, so that all get their turn."""
-    x = torch.randn(images, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-    labels = (torch.arange(images) + seed * images) % len(CLASSES)
+def sample(model: Any, scheduler: Any, seed: int | Sequence[int], steps: int, images: int) -> Tensor:
+    """Images (n, 1, 28, 28) of a noise seed, or of several in one batch; which classes, ``cachekit.demo.noise`` says."""
+    x, labels = start(seed, images, (1, 28, 28), len(CLASSES))
     scheduler.set_timesteps(steps)
     handle = getattr(model, "cachekit", None)
     with torch.inference_mode(), handle.session(steps=steps) if handle is not None else contextlib.nullcontext():
         for t in scheduler.timesteps:
-            noise = model(x, timestep=t.expand(images), class_labels=labels).sample
+            noise = model(x, timestep=t.expand(len(x)), class_labels=labels).sample
             x = scheduler.step(noise, t, x).prev_sample
     return x
 
