@@ -13,6 +13,7 @@ from cachekit.settle import settled
 from cachekit.trials import Trials
 
 FINALISTS = 3
+STARTS = 2
 OTHERS = 4
 
 
@@ -23,8 +24,8 @@ class Finder:
     Args:
         trials: runs candidates.
         models: of each site by its name, one for each reuse to choose from.
-        tries: for each site and number of full steps, how many candidates are run by prediction, how many moves of the best one,
-            and how many reuses of it.
+        tries: for each site and number of full steps, how many candidates are run by prediction, how many moves of each of the
+            best two, and how many reuses of what comes of them.
     """
 
     trials: Trials
@@ -49,13 +50,13 @@ class Finder:
         if self.trials.error(best) == 0:
             # Nothing is reused, or to no effect.
             return best
-        for finalist in _apart(chosen)[:FINALISTS]:
-            found = settled(finalist, self.trials.better, tries=self.tries // 4, highest=highest)
-            best = min(best, found, key=self.trials.score)
+        found = [settled(each, self.trials.better, tries=self.tries // 4, highest=highest) for each in _apart(chosen)[:FINALISTS]]
         # A schedule that was predicted to be bad with one forecast may be good with another.
         schedules = {candidate.recompute for candidate in candidates}
-        best = self._climb(best, schedules)
-        return settled(best, self.trials.better, tries=self.tries, highest=highest)
+        # The second best may have better neighbours than the best has (docs/plans.md).
+        starts = _apart(sorted((best, *found), key=self.trials.score))[:STARTS]
+        found = [self._climb(each, schedules) for each in starts]
+        return settled(min(found, key=self.trials.score), self.trials.better, tries=self.tries, highest=highest)
 
     def _chosen(self, candidates: list[Candidate], models: list[ErrorModel]) -> list[Candidate]:
         """Those that are run, the best on a first look first."""

@@ -51,7 +51,8 @@ def search(
         runs: how many of the calibration's runs to compare on, or numbers of others; all of its own unless given. A fixed
             schedule fits the noise that it is compared on a little: with few full steps take 20 samples and more.
         tries: for each site and number of full steps, how many candidates are run because they are predicted to be good, how many
-            moves of the best one, and how many reuses of it; about as many more settle the reuses of the first few.
+            moves of each of the best two, and how many reuses of what comes of them; about as many more settle the reuses of the
+            first few.
         progress: show a bar, where tqdm is installed.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, permutations
 from typing import Any, cast
 
 import pytest
@@ -100,6 +100,42 @@ def test_every_move_has_its_turn(calibration: Calibration, target: tuple[int, ..
     others = set[tuple[int, ...]](rest for rest in combinations(range(STEPS), 4) if rest[0] == 0 and rest != target)
     finder = Finder(cast(Any, Known(calibration, target)), {}, 1 + OTHERS + len({*moves(start.recompute, STEPS, 3)}))
     assert finder._climb(start, others).recompute == target
+
+
+class Ranked(Known):
+    """Stands for ``Trials``: schedules in this order, all others behind them, and none but the first is found to be better."""
+
+    def __init__(self, calibration: Calibration, *order: tuple[int, ...]) -> None:
+        super().__init__(calibration, order[0])
+        self.order = order
+
+    def score(self, candidate: Candidate) -> float:
+        return 1.0 + (self.order.index(candidate.recompute) if candidate.recompute in self.order else len(self.order))
+
+    glance = error = score
+
+    def better(self, candidate: Candidate, than: Candidate) -> bool:
+        return candidate.recompute == self.order[0] != than.recompute
+
+
+def hidden(calibration: Calibration, models: list[ErrorModel]) -> list[tuple[tuple[int, ...], ...]]:
+    """Schedules that are no candidates, one move away from a candidate (the last), but not from another (in the middle)."""
+    candidates = sorted({candidate.recompute for _, candidate in ranked("model", models, 4)})
+    return [
+        (target, first, second)
+        for first, second in permutations(candidates, 2)
+        for target in sorted({*moves(second, STEPS, 3)} - {*candidates, *moves(first, STEPS, 3)})
+    ]
+
+
+def test_the_second_best_has_its_neighbours_tried(calibration: Calibration) -> None:
+    """A schedule that is out of reach of the best candidate, but not of the second best."""
+    models = [ErrorModel(calibration.site("model"), reuse, calibration.timesteps) for reuse in REUSES]
+    cases = hidden(calibration, models)
+    assert len(cases) > 10
+    for case in cases:
+        finder = Finder(cast(Any, Ranked(calibration, *case)), {}, 100)
+        assert finder._best("model", models, 4).recompute == case[0]
 
 
 def test_no_tries_where_nothing_is_reused(model: Any, calibration: Calibration) -> None:
