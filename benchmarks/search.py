@@ -143,7 +143,7 @@ def spread(errors: list[float]) -> str:
 
 
 def report(name: str, site: str, rows: list[dict[str, Any]], plans: dict[int, dict[str, Any]]) -> None:
-    """The table of docs/plans.md: each number of full steps with the fixed schedule of least mean error on these very seeds."""
+    """Each number of full steps with the fixed schedule of least mean error on these seeds, as in docs/plans-measured.md."""
     made = Table(box=box.MARKDOWN)
     for column in ("full steps", "plan", "best fixed schedule", "its name", "of its error", "better on"):
         made.add_column(column, no_wrap=True)

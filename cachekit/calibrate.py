@@ -95,7 +95,7 @@ def calibrate(
         runs: how many runs (from 0), or their numbers. The first one gives the amplification.
         sites: segments, each as in ``wrap``; modules as well.
         probes: orders of the forecasts by which a step alone is reused; a generation for each step, site and order. One order does
-            for thresholds and fitted methods; schedules' errors are predicted less well with it (docs/plans.md).
+            for thresholds and fitted methods; schedules' errors are predicted less well with it (docs/plans-measured.md).
         adapter: as in ``wrap``.
         progress: show a bar, where tqdm is installed.
 

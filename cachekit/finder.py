@@ -53,7 +53,7 @@ class Finder:
         found = [settled(each, self.trials.better, tries=self.tries // 4, highest=highest) for each in _apart(chosen)[:FINALISTS]]
         # A schedule that was predicted to be bad with one forecast may be good with another.
         schedules = {candidate.recompute for candidate in candidates}
-        # The second best may have better neighbours than the best has (docs/plans.md).
+        # The second best may have better neighbours than the best has (docs/plans-measured.md).
         starts = _apart(sorted((best, *found), key=self.trials.score))[:STARTS]
         found = [self._climb(each, schedules) for each in starts]
         return settled(min(found, key=self.trials.score), self.trials.better, tries=self.tries, highest=highest)

@@ -11,7 +11,7 @@ from cachekit.measures import Matrix
 from cachekit.reuse import Forecast
 
 # A final sample answers errors in different directions by different amounts, and what forecasts are off by lies within these three
-# directions for the most part (measured in docs/plans.md).
+# directions for the most part (measured in docs/plans-measured.md).
 ORDERS = (0, 1, 2)
 
 

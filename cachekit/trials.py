@@ -59,7 +59,7 @@ class Trials:
     def glance(self, candidate: Candidate) -> float:
         """A first look, at a third of the runs: the mean logarithm of their samples' errors.
 
-        Of so few a mean of the errors follows the one that differs most, and which that is is chance (docs/plans.md).
+        Of so few a mean of the errors follows the one that differs most, and which that is is chance (docs/plans-measured.md).
         """
         some = self.runs[: max(1, len(self.runs) // 3)]
         return float(np.mean(np.log(np.maximum(self._of_samples(candidate, some), NOTHING))))
