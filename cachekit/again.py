@@ -27,14 +27,20 @@ class Again:
 
     Args:
         args, kwargs: before the call.
+        kept: tensors of which there are copies.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Iterable[Kept]) -> None:
         # Models take things out of lists and dictionaries.
         self._containers = [(container, copy.copy(container)) for container in _containers((args, kwargs))]
         self._given = [(path, tensor, version(tensor)) for path, tensor in arguments(args, kwargs)]
+        self._copies = {id(tensor): (values, count) for tensor, values, count in kept}
+        for _, tensor, count in self._given:
+            # Under inference mode nobody counts how often it is written into.
+            if count is None and id(tensor) not in self._copies:
+                self._copies[id(tensor)] = tensor.clone(), None
 
-    def restore(self, kept: Iterable[Kept]) -> None:
+    def restore(self) -> None:
         """Undo what the model has done to them, of tensors those of which there is a copy.
 
         Raises:
@@ -43,9 +49,8 @@ class Again:
         for container, before in self._containers:
             container.clear()
             container.extend(before) if isinstance(container, list) else container.update(before)
-        copies = {id(tensor): (values, count) for tensor, values, count in kept}
         for path, tensor, count in self._given:
-            values, noted = copies.get(id(tensor), (None, None))
+            values, noted = self._copies.get(id(tensor), (None, None))
             if values is not None and noted == count:
                 if (version(tensor) != count or count is None) and not torch.equal(tensor, values):
                     tensor.copy_(values)

@@ -153,13 +153,13 @@ class Engine:
         shadow, auditing = self.auditor.shadow(self.model, branch, args, kwargs), self.auditor.on
         sites, audited = branch.sites or self.sites, shadow is not None
         decisions = self._decisions(lane, branch, sites, step, audited=audited, auditing=auditing)
-        again = Again(args, kwargs)
+        again = Again(args, kwargs, branch.kept)
         try:
             ran, result = Running(self, decisions, original).run((args, kwargs))
         except GraphChanged as change:
             with self.lock:
                 self.stats.dropped[str(change)] += 1
-            again.restore(branch.kept)
+            again.restore()
             branch.drop()
             decisions = self._decisions(lane, branch, self.sites, step, auditing=auditing)
             ran, result = Running(self, decisions, original).run((args, kwargs))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cachekit.branch import Branch, Name
 from cachekit.conditions import conditions
 from cachekit.inputs import Inputs
-from cachekit.session import Generation
+from cachekit.session import Generation, Opened
 from cachekit.trajectory import AGAIN, Comparer, Trace
 
 # A loop that looks like a new branch at every step must not keep a store for each.
@@ -32,6 +32,7 @@ class Lane:
 
     def __init__(self) -> None:
         self.generation: Generation | None = None
+        self.sessions: list[Opened] = []
         self.names: list[Name] = []
         self.disabled = 0
         self.aside = 0
@@ -42,6 +43,23 @@ class Lane:
     def under_way(self) -> bool:
         """Whether anything of a generation is stored that a call can be a step of."""
         return not self.aside and self.generation is not None and bool(self.generation.branches)
+
+    def open(self, generation: Generation) -> Opened:
+        """Calls from now on belong to this generation."""
+        opened, self.generation = Opened(self.generation), generation
+        self.sessions.append(opened)
+        return opened
+
+    def close(self, opened: Opened) -> bool:
+        """Go on with what was before a session; False where another one was opened since and is open still."""
+        k = self.sessions.index(opened)
+        del self.sessions[k]
+        if k == len(self.sessions):
+            self.generation = opened.outer
+            return True
+        # Steps of the two were taken for one generation's.
+        self.sessions[k].outer, self.generation = opened.outer, self.generation and self.generation.emptied()
+        return False
 
     def pass_by(self, t: float | None) -> None:
         """A call at t is made without the cache: what was left out for it is older than its branch's steps say."""
@@ -59,7 +77,7 @@ class Lane:
             raise ValueError("a call with mixed timesteps has no place in a generation")
         if generation is None or generation.t is None:
             return self._begin(inputs, generation)
-        fitting = [branch for branch in generation.branches if branch.fits(inputs, self.name, self.comparer)]
+        fitting = self._fitting(generation, inputs)
         if generation.rising is None and t != generation.t:
             upwards = t > generation.t and not known_direction
             generation.rising = upwards and bool(fitting) and self._doubt(fitting[0], inputs) is None
@@ -87,6 +105,17 @@ class Lane:
         begun.twins = twins
         return Placed(begun, False, doubt)
 
+    def _fitting(self, generation: Generation, inputs: Inputs) -> list[Branch]:
+        """The branches that the call's arguments fit; where its sample has to tell which of them it continues, the nearest first.
+
+        Generations of one prompt that take turns may come out alike: a sample is then like the other ones' last as well.
+        """
+        fitting = [branch for branch in generation.branches if branch.fits(inputs, self.name, self.comparer)]
+        sample = inputs.sample
+        if len(fitting) < 2 or sample is None or generation.explicit or self.name.binding:
+            return fitting
+        return sorted(fitting, key=lambda branch: 0.0 if branch.trace is None else branch.trace.turned(sample, self.comparer))
+
     def _same_time(self, generation: Generation, fitting: Sequence[Branch], inputs: Inputs) -> Placed | None:
         rivals = [branch for branch in generation.branches if branch.name == self.name or not self.name.binding]
         here = [branch for branch in rivals if branch.t == inputs.t]
@@ -95,6 +124,8 @@ class Lane:
         if other_sample and not generation.explicit and all(branch.i == 0 and branch.t == inputs.t for branch in rivals):
             return self._begin(inputs, generation)
         for branch in fitting:
+            if not branch.name.binding and self._stayed_behind(generation, branch, inputs):
+                return None
             if branch.t == inputs.t and (branch.name.binding or not self._same_sample(branch, inputs)):
                 doubt = None if generation.explicit else self._doubt(branch, inputs)
                 if other_sample and doubt == AGAIN:
@@ -103,6 +134,12 @@ class Lane:
                 if doubt in (None, AGAIN):
                     return self._continue(generation, branch, inputs)
         return None
+
+    def _stayed_behind(self, generation: Generation, branch: Branch, inputs: Inputs) -> bool:
+        """Whether a call is the next step of a branch that takes turns with others, and no second evaluation of theirs."""
+        if inputs.t is None or generation.explicit or not generation.ahead(branch.t, inputs.t):
+            return False
+        return self._doubt(branch, inputs) is None
 
     def _begin(self, inputs: Inputs, generation: Generation | None) -> Placed:
         explicit = generation is not None and generation.explicit

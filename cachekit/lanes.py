@@ -10,8 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from cachekit.branch import Name
+from cachekit.errors import ConfigError
 from cachekit.lane import Lane
 from cachekit.session import Generation
+
+TURNS = (
+    "two {what} took turns in one thread, and the steps of one were taken for the other's; sample one after the other, or each in "
+    "a thread or an asyncio task of its own"
+)
 
 
 class Lanes:
@@ -58,24 +64,38 @@ class Lanes:
 
     @contextmanager
     def named(self, name: Name) -> Iterator[None]:
-        """Calls within belong to the branch of this name."""
+        """Calls within belong to the branch of this name.
+
+        Raises:
+            ConfigError: at the end, where another name that was given within goes on.
+        """
         names = self.current.names
         names.append(name)
         try:
             yield
         finally:
-            names.pop()
+            in_turn = names[-1] is name
+            # The last one that is this very object: names that are equal may be of another loop.
+            del names[max(k for k, other in enumerate(names) if other is name)]
+        if not in_turn:
+            raise ConfigError(TURNS.format(what="branches"))
 
     @contextmanager
     def within(self, generation: Generation) -> Iterator[None]:
-        """Calls within belong to this generation, and nothing of it is left afterwards."""
+        """Calls within belong to this generation, and nothing of it is left afterwards.
+
+        Raises:
+            ConfigError: at the end, where another session that was opened within goes on: whose steps were whose can't be told.
+        """
         lane = self.current
-        outer, lane.generation = lane.generation, generation
+        opened = lane.open(generation)
         try:
             yield
         finally:
-            lane.generation = outer
+            in_turn = lane.close(opened)
             self.count_bytes(lane)
+        if not in_turn:
+            raise ConfigError(TURNS.format(what="sessions"))
 
     @contextmanager
     def disabled(self, aside: bool = False) -> Iterator[None]:

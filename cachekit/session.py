@@ -58,6 +58,13 @@ class Generation:
         return now > before if self.rising else now < before
 
 
+@dataclass(eq=False)
+class Opened:
+    """An explicit session that is open, and the generation to go on with when it is closed."""
+
+    outer: Generation | None
+
+
 def step_of(branch: Branch, generation: Generation, time_range: float | None) -> Step:
     """What a policy sees of a branch's current call."""
     return Step(

@@ -18,6 +18,10 @@ PARALLEL = 1e-6
 # Numbers in a row of the batch from which its own angle tells as much as the whole sample's.
 LONG = 256
 
+# Of the tokens of a discrete sample. Independent ones share hardly any, steps of one trajectory most of them.
+REPLACED = 0.5
+
+OTHER = "a sample unlike the one before"
 AGAIN = "the first sample again, at another timestep"
 
 
@@ -41,10 +45,10 @@ class Comparer:
 
         Over 1 where they point away from each other.
         """
-        x, y, z = sample.detach().flatten().float(), last.flatten().float(), first.flatten().float()
+        x, y, z = _numbers(sample.detach()), _numbers(last), _numbers(first)
         along = torch.dot(x, z) / torch.dot(z, z)
         whole = torch.where(along > 0, torch.linalg.vector_norm(x - along * z) / torch.linalg.vector_norm(x), 2.0)
-        rows = sample.size(0) if sample.ndim > 1 and sample.numel() >= LONG * sample.size(0) > 0 else 1
+        rows = sample.size(0) if sample.ndim > 1 and x.numel() >= LONG * sample.size(0) > 0 else 1
         a, b = x.view(rows, -1), y.view(rows, -1)
         products = [torch.linalg.vecdot(a, a), torch.linalg.vecdot(a, b), torch.linalg.vecdot(b, b)]
         self.waits += sample.device.type != "cpu"
@@ -52,6 +56,16 @@ class Comparer:
         of_rows = [numbers[k::rows] for k in range(rows)]
         since = _sine(*map(sum, zip(*of_rows, strict=True)))
         return turned, since, max(since, *(_sine(*own) for own in of_rows))
+
+    def differing(self, a: Tensor, b: Tensor) -> float:
+        """The share of elements that are not the same."""
+        self.waits += a.device.type != "cpu"
+        return float((a != b).float().mean()) if a.numel() else 0.0
+
+
+def _numbers(sample: Tensor) -> Tensor:
+    """As a row of real numbers in single precision."""
+    return (torch.view_as_real(sample) if sample.is_complex() else sample).flatten().float()
 
 
 def _sine(xx: float, xy: float, yy: float) -> float:
@@ -95,17 +109,31 @@ class Trace:
 
     def follows(self, sample: Tensor, comparer: Comparer) -> str | None:
         """None where the sample can be this trajectory's next one, else what speaks against it."""
-        if not sample.is_floating_point():
-            return None
+        if _is_discrete(sample):
+            return self._follows_discrete(sample, comparer)
         first, last, most = comparer.sines(sample, self.first, self.last)
         # Scaled and rounded in half precision it comes out further off; then only a sample that has moved on since can tell.
         rounding = torch.finfo(sample.dtype).eps
         if first < PARALLEL or first < rounding < last / 2:
             return AGAIN
         # A row that holds another sample now (particles that were drawn again): what is stored for it is the one before's.
-        if most > UNLIKE:
-            return "a sample unlike the one before"
-        return None
+        return OTHER if most > UNLIKE else None
+
+    def _follows_discrete(self, sample: Tensor, comparer: Comparer) -> str | None:
+        if not comparer.equal(self.last, sample) and comparer.equal(self.first, sample):
+            return AGAIN
+        return OTHER if comparer.differing(self.last, sample) > REPLACED else None
+
+    def turned(self, sample: Tensor, comparer: Comparer) -> float:
+        """How far a sample is from the last one: the sine of their angle, or the share of tokens that are others."""
+        if _is_discrete(sample):
+            return comparer.differing(self.last, sample)
+        return comparer.sines(sample, self.first, self.last)[2]
+
+
+def _is_discrete(sample: Tensor) -> bool:
+    """Whether it holds tokens, of which there is no angle."""
+    return not (sample.is_floating_point() or sample.is_complex())
 
 
 def version(tensor: Tensor) -> int | None:

@@ -19,7 +19,8 @@ def store_prediction(decisions: Decisions, k: int, result: Any, sample: Tensor |
     """Keep a model's result; with a residual, less its share of the sample.
 
     Raises:
-        ConfigError: a residual is asked for, and there is no sample, or the prediction has another shape.
+        ConfigError: no tensor can be seen in it; or a residual is asked for, and there is no sample, or the prediction has another
+            shape.
         GraphChanged: what is stored has another shape, dtype or device.
     """
     beta = decisions.sites[k].reuse.beta
@@ -28,7 +29,13 @@ def store_prediction(decisions: Decisions, k: int, result: Any, sample: Tensor |
             "a residual of the whole prediction is what it differs from the sample by, and this model takes none beside its "
             "timestep; use reuse='output' or 'taylor-K', or another segment"
         )
-    for path, tensor in tensors(result):
+    predicted = list(tensors(result))
+    if not predicted:
+        raise ConfigError(
+            f"the model returned {type(result).__name__}, in which no tensor can be seen; return a tensor, or a tuple, list, dict "
+            "or dataclass of them, or reuse another segment than the whole prediction"
+        )
+    for path, tensor in predicted:
         if beta and sample is not None and sample.shape != tensor.shape:
             raise ConfigError(
                 f"a residual of the whole prediction needs one of the sample's shape {tuple(sample.shape)}, "

@@ -48,14 +48,15 @@ class Handle:
     def session(self, *, steps: int | None = None, timesteps: Sequence[float] | None = None) -> AbstractContextManager[None]:
         """One generation, said explicitly: nothing is guessed from the samples, and nothing is held afterwards.
 
-        It covers the thread or asyncio task that enters it.
+        It covers the thread or asyncio task that enters it, in which two of them may be nested, but not take turns.
 
         Args:
             steps: number of model calls of one branch, for guards of the last steps.
             timesteps: the schedule instead; only its length is used.
 
         Raises:
-            ConfigError: both are given and disagree, or steps is no positive number.
+            ConfigError: both are given and disagree, or steps is no positive number; or it ends while another one, opened within,
+                goes on.
         """
         if timesteps is not None:
             if steps is not None and steps != len(timesteps):

@@ -97,3 +97,21 @@ def test_what_is_lost_is_an_error() -> None:
         x = x + 0.01
     with pytest.raises(ModelError, match="writes into its argument residuals, and called its blocks otherwise"):
         model(x, TIMES[3], residuals=torch.ones(2, 3))
+
+
+def test_under_inference_mode_nothing_is_lost() -> None:
+    """Nobody counts there how often a tensor is written into, so that a copy is made of whatever nothing else keeps."""
+
+    def use(x: Tensor, given: dict[str, Any]) -> Any:
+        return given["residuals"].mul_(2).sum()
+
+    torch.manual_seed(0)
+    bare = UsesUp(use).eval()
+    model, x = cachekit.wrap(copy.deepcopy(bare), every(1)), torch.randn(2, 8)
+    with torch.inference_mode():
+        for t in TIMES:
+            residuals = torch.ones(2, 3), torch.ones(2, 3)
+            assert torch.equal(bare(x, t, residuals=residuals[0]), model(x, t, residuals=residuals[1]))
+            assert torch.equal(*residuals)
+            x = x + 0.01
+    assert stats(model).dropped == {"another sequence of blocks": 1}

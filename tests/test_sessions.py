@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from cases import Shape
-from running import SCHEDULE
+from running import SCHEDULE, assert_equal
+from torch import Tensor
 from wrapping import handle, stats
 from zoo import DIT
 
@@ -68,3 +70,27 @@ def test_samples_are_not_judged_after_a_reset_either() -> None:
                 handle(model).reset()
             model(**{**given, "timestep": torch.tensor([t])})
     assert [record.i for record in stats(model).records] == [0, 1] and stats(model).generations == 1
+
+
+def _loop(model: Any, within: Callable[[], AbstractContextManager[None]], seed: int) -> Generator[Tensor, None, None]:
+    """A sampling loop that hands something out at each step."""
+    with within():
+        for t in SCHEDULE:
+            yield model(**DIT.inputs(t, 1, seed, conditioning=DIT.conditioning(0, SHAPE))).sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["sessions", "branches"])
+def test_loops_that_take_turns_in_one_thread(what: str) -> None:
+    """Whose step is whose can't be told: an error as soon as that shows, and nothing of it is left afterwards."""
+    model = cachekit.wrap(DIT.build(), first(1))
+    within = handle(model).session if what == "sessions" else lambda: handle(model).branch("one of two that are called alike")
+    loops = [_loop(model, within, seed) for seed in (1, 2)]
+    with pytest.raises(cachekit.ConfigError, match=f"two {what} took turns in one thread"):
+        list(zip(*loops, strict=True))
+    loops[1].close()
+    handle(model).reset()
+    found = list(_loop(model, handle(model).session, 3))
+    fresh = cachekit.wrap(DIT.build(), first(1))
+    assert_equal(found, list(_loop(fresh, handle(fresh).session, 3)))
+    assert stats(model).bytes_held == 0 and stats(model).records[-1].branch == stats(fresh).records[-1].branch

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,3 +71,17 @@ def test_a_model_that_changes_in_the_middle(change: Callable[[Model], None], rea
     assert torch.equal(found[1], expected[0])
     assert dict(seen.dropped) == {reason: 1}
     assert [record.recomputed for record in seen.records[2:]] == [(full,) * model.depth for full in (True, False, True)]
+
+
+@pytest.mark.parametrize("result", [SimpleNamespace, np.asarray], ids=["namespace", "array"])
+def test_a_result_in_which_no_tensor_is_seen(result: Callable[..., Any]) -> None:
+    """What would be handed out again is the very object that the caller may have written into."""
+
+    class Wrapped(Model):
+        def forward(self, x: Tensor, timestep: Tensor) -> Any:
+            found = super().forward(x, timestep)
+            return result(found.numpy()) if result is np.asarray else result(sample=found)
+
+    model = cachekit.wrap(Wrapped(), every(2), segments="model", adapter=cachekit.Adapter(range=1000))
+    with torch.no_grad(), pytest.raises(cachekit.ConfigError, match="in which no tensor can be seen; return a tensor, or a tuple"):
+        model(torch.randn(2, 4), timestep=torch.tensor([900.0, 900.0]))
