@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cachekit.errors import ModelError
 from cachekit.trajectory import version
-from cachekit.tree import arguments
+from cachekit.tree import arguments, containers
 
 WRITTEN = (
     "the model writes into its argument {path}, and called its blocks otherwise than before, so that the call would have to be "
@@ -32,7 +32,7 @@ class Again:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Iterable[Kept]) -> None:
         # Models take things out of lists and dictionaries.
-        self._containers = [(container, copy.copy(container)) for container in _containers((args, kwargs))]
+        self._containers = [(container, copy.copy(container)) for container in containers((args, kwargs))]
         self._given = [(path, tensor, version(tensor)) for path, tensor in arguments(args, kwargs)]
         self._copies = {id(tensor): (values, count) for tensor, values, count in kept}
         for _, tensor, count in self._given:
@@ -56,12 +56,3 @@ class Again:
                     tensor.copy_(values)
             elif version(tensor) != count:
                 raise ModelError(WRITTEN.format(path=".".join(map(str, path))))
-
-
-def _containers(value: Any) -> Iterator[Any]:
-    """Each list and dictionary in nested ones and tuples."""
-    if type(value) in (list, dict):
-        yield value
-    if type(value) in (list, dict, tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _containers(item)

@@ -193,6 +193,10 @@ class KnownCall(PlainCall):
 
     def _instead(self, v: int, visit: Visit, action: Action, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = {path: self.decisions.forecast(action.site, v, path, self._entry(action, path)) for path in action.hold}
+        # A model may go on with what it gave, and never look at what is returned.
+        for path, given in visit.in_place:
+            if path in held:
+                held[path] = pick(args, kwargs, given).copy_(held[path])
         passed = {out: pick(args, kwargs, path) for path, out in (*visit.streams, *visit.passes) if out not in held}
         return replaced(visit.structure, {**passed, **held})
 

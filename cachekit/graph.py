@@ -85,6 +85,8 @@ class Visit:
         streams: (argument path, output path) of each tensor that it takes in and returns in a new version.
         passes: (argument path, output path) of each tensor that it hands back untouched.
         extras: output paths of tensors that no input stands for.
+        in_place: (output path, argument path) of each tensor that it writes into and returns.
+        writes: it changes something else that it takes, so that it can't be left out.
         linked: ``"same"`` where it gets the very tensors that the visit before returned, ``"layout"`` where an adapter says
             that the model only rearranges them in between, None where a chain starts.
         links: for a linked visit, the argument path of each stream and the output path in the visit before.
@@ -107,6 +109,8 @@ class Visit:
     structure: Any = field(compare=False, repr=False)
     outputs: tuple[tuple[Path, Signature], ...] = field(default=(), compare=False, repr=False)
     modules: tuple[ModuleVisit, ...] = field(default=(), compare=False, repr=False)
+    in_place: tuple[tuple[Path, Path], ...] = ()
+    writes: bool = False
 
     @property
     def is_block(self) -> bool:

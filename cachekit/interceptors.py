@@ -104,7 +104,7 @@ class Interceptors:
                     yield layer, "forward", intercept_values, (engine, path, name, projection)
 
     def notes(self, graph: Graph) -> set[str]:
-        """A sentence for what keeps modules of a graph's blocks from being sites."""
+        """A sentence for what keeps a graph's blocks or their modules from being sites."""
         found = {HIDDEN} if any(visit.block in self.hidden for visit in graph.visits) else set()
         found |= {
             f"module {module.name} of {visit.kind} writes into what it takes, so that it runs on every step"
@@ -112,7 +112,11 @@ class Interceptors:
             for module in visit.modules
             if module.writes
         }
-        return found
+        return found | {
+            f"a {visit.kind} changes something that it takes and doesn't return, so that it runs on every step"
+            for visit in graph.visits
+            if visit.writes
+        }
 
     def eager(self, engine: Intercepted, path: str, original: Original) -> Original:
         """What to call for the code of the block at a path, given what its interceptor lies on: not what is compiled."""

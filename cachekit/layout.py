@@ -90,7 +90,7 @@ def lay_out(graph: Graph, sites: tuple[Site, ...], unit: int) -> Layout:
         _check_range(site.segment, len(units))
         if site.segment.names:
             continue
-        for v in (v for u in covered for v in units[u]):
+        for v in (v for u in covered for v in units[u] if not graph.visits[v].writes):
             if v in owner:
                 raise ConfigError(f"segments {sites[owner[v]].segment} and {site.segment} share block {graph.visits[v].block}")
             owner[v] = k

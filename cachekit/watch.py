@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cachekit.graph import Graph, Signature, Source, Visit, signature
-from cachekit.tree import Path, arguments, tensors, without_tensors
+from cachekit.tree import Path, arguments, containers, tensors, without_tensors
 
 
 class Relayout(Protocol):
@@ -47,7 +48,12 @@ class _Produced(Known):
 
 @dataclass
 class _Seen:
-    """A visit; ``ins`` and ``outs`` are without what it hands back untouched (``passes``)."""
+    """A visit; ``ins`` and ``outs`` are without what it hands back untouched (``passes``).
+
+    Attributes:
+        in_place: (output, argument) of each tensor that it wrote into and returned.
+        writes: it changed something else that it took.
+    """
 
     block: str
     kind: str
@@ -55,6 +61,8 @@ class _Seen:
     origins: dict[Path, tuple[int, Path]]
     outs: list[tuple[Path, Signature]] = field(default_factory=list)
     passes: list[tuple[Path, Path]] = field(default_factory=list)
+    in_place: list[tuple[Path, Path]] = field(default_factory=list)
+    writes: bool = False
     structure: Any = None
     linked: str | None = None
 
@@ -68,11 +76,13 @@ class Watch:
         self._produced: dict[int, _Produced] = {}
         self._last: list[_Produced] = []
         self._entering: list[tuple[Path, Known]] = []
+        self._containers: list[tuple[Any, Any]] = []
 
     def before(self, block: str, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a block's inputs, before it may write into them."""
         ins, origins = [], {}
         self._entering = []
+        self._containers = [(container, copy.copy(container)) for container in containers((args, kwargs))]
         for path, tensor in arguments(args, kwargs):
             ins.append((path, signature(tensor)))
             self._entering.append((path, Known(tensor)))
@@ -81,9 +91,10 @@ class Watch:
                 origins[path] = produced.visit, produced.output
         self.seen.append(_Seen(block, kind, ins, origins))
 
-    def after(self, result: Any) -> str | None:
-        """Note a block's outputs; returns how it is linked to the visit before."""
+    def after(self, result: Any) -> None:
+        """Note a block's outputs."""
         seen, v = self.seen[-1], len(self.seen) - 1
+        seen.in_place, seen.writes = self._written(tensors(result))
         outs = self._without_passes(seen, tensors(result))
         seen.outs = [(path, signature(tensor)) for path, tensor in outs]
         seen.structure = without_tensors(result)
@@ -95,7 +106,22 @@ class Watch:
             produced = _Produced(tensor, v, path)
             self._produced[id(tensor)] = produced
             self._last.append(produced)
-        return seen.linked
+
+    def _written(self, outs: list[tuple[Path, Tensor]]) -> tuple[list[tuple[Path, Path]], bool]:
+        """What a block wrote into and returned, and whether it changed anything else that it took, in which its work would be lost
+        where another value is returned in its place.
+        """
+        returned = {id(tensor): out for out, tensor in outs}
+        in_place, writes = [], any(_differ(now, before) for now, before in self._containers)
+        for path, known in self._entering:
+            tensor = known.ref()
+            if tensor is None or known.is_still(tensor):
+                continue
+            if id(tensor) in returned:
+                in_place.append((returned[id(tensor)], path))
+            else:
+                writes = True
+        return in_place, writes
 
     def _without_passes(self, seen: _Seen, outs: list[tuple[Path, Tensor]]) -> list[tuple[Path, Tensor]]:
         """Sort out what a block only hands back. A stored value in its place would be one that nobody computed."""
@@ -110,6 +136,10 @@ class Watch:
         passed = {path for path, _ in seen.passes}
         seen.ins = [(path, sig) for path, sig in seen.ins if path not in passed]
         return left
+
+    def ends_before(self, v: int) -> bool:
+        """Whether no stretch of a segment leads into a visit that is over: a chain starts there, or one of the two always runs."""
+        return self.seen[v].linked != "same" or any(seen.writes for seen in self.seen[max(0, v - 1) : v + 1])
 
     def has_extras(self, v: int) -> bool:
         """Whether a visit that is over returned a tensor for which it took none."""
@@ -151,6 +181,8 @@ class Watch:
                     kind=seen.kind,
                     streams=streams,
                     passes=tuple(seen.passes),
+                    in_place=tuple(seen.in_place),
+                    writes=seen.writes,
                     extras=tuple(path for path, _ in seen.outs if path not in {out for _, out in streams}),
                     linked=seen.linked,
                     links=tuple((path, seen.origins[path][1]) for path in ins if path in taken),
@@ -161,6 +193,13 @@ class Watch:
                 )
             )
         return Graph(tuple(visits))
+
+
+def _differ(now: Any, before: Any) -> bool:
+    """Whether a list or a dictionary has other items than a copy of it."""
+    if isinstance(now, dict):
+        return list(now) != list(before) or any(now[key] is not before[key] for key in now)
+    return len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
 
 
 def stream_inputs(ins: list[tuple[Path, Signature]], outs: list[tuple[Path, Signature]]) -> list[Path]:

@@ -84,7 +84,8 @@ class WatchedCall(PlainCall):
         if self._modulated:
             self.decisions.show_modulated(block, original, args, kwargs)
         result = super().visit(block, original, args, kwargs)
-        if self.watch.after(result) != "same":
+        self.watch.after(result)
+        if self.watch.ends_before(v):
             self._kept.add(v - 1)
         elif v not in self._starts and v not in self._probed and not self._each:
             self._inputs.pop(v, None)
