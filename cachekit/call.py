@@ -14,6 +14,7 @@ from cachekit.inside import ATTENTION
 from cachekit.layout import Action, Layout
 from cachekit.module_store import Entering
 from cachekit.tree import Path, arguments, get, pick, replaced, tensors
+from cachekit.uncounted import Uncounted
 from cachekit.values import Measures
 
 Original = Callable[..., Any]
@@ -59,6 +60,8 @@ class KnownCall(PlainCall):
         self._opened: dict[tuple[int, Path], Tensor] = {}
         self._entering: dict[int, dict[Path, Tensor]] = {}
         self._returned: dict[Path, tuple[Tensor, int | None]] = {}
+        self._uncounted = Uncounted()
+        self._stretches = {action.run for action in layout.actions if action is not None}
         self._called = 0
         self.measures = Measures(site.reuse for site in decisions.sites)
         # Whether a block is running on a part of the batch. Its modules are no sites: it is one itself.
@@ -94,6 +97,8 @@ class KnownCall(PlainCall):
                 left = get(result, span.leaves).detach()
                 self.decisions.shown[span] = left.clone() if span.enters is None else left - self._opened[span.start, span.enters]
         self._returned = {path: (tensor, _version(tensor)) for path, tensor in tensors(result)}
+        if v + 1 in self._stretches:
+            self._uncounted.leaves(result)
         return result
 
     def run(self, v: int, block: str, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,6 +164,7 @@ class KnownCall(PlainCall):
         """
         if len(self.recomputed) != len(self.graph.visits):
             raise GraphChanged("another sequence of blocks")
+        self.decisions.waits += self._uncounted.waits
         self.decisions.branch.ready.update(k for k, recomputed in self.decisions.made.items() if recomputed)
 
     def _check(self, visit: Visit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -192,6 +198,8 @@ class KnownCall(PlainCall):
                 self.decisions.keep(action.site, v, path, get(result, path), self._entry(action, path))
 
     def _instead(self, v: int, visit: Visit, action: Action, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._uncounted.unchanged(v, visit, action, args, kwargs):
+            raise GraphChanged("another link between blocks")
         held = {path: self.decisions.forecast(action.site, v, path, self._entry(action, path)) for path in action.hold}
         # A model may go on with what it gave, and never look at what is returned.
         for path, given in visit.in_place:

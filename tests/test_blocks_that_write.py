@@ -125,3 +125,34 @@ def test_what_enters_behind_a_block_that_always_runs_is_known_at_once(writes: fr
     with torch.no_grad():
         sampled(model, samples())
     assert stats(model).blocks_run == 4 * 6 - 2 * (6 - len(writes))
+
+
+class Controlled(nn.Module):
+    """Six blocks, between which it adds to the stream in place from a step on, as control signals are added."""
+
+    def __init__(self, at: int, begins: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.at, self.begins, self.calls = at, begins, 0
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            x = block(x, timestep / 1000, None)
+            if k == self.at and self.calls >= self.begins:
+                x += 3.0
+        self.calls += 1
+        return x
+
+
+@given(at=st.integers(0, 3), reused=st.sampled_from([(2, 1), (2, 3), (3, 1), (3, 2)]))
+def test_what_is_added_in_place_between_blocks_is_seen(at: int, reused: tuple[int, int]) -> None:
+    """Before and within what is reused, under inference mode, where no versions tell, as without it: begun again in full."""
+    period, begins = reused
+    xs, found = samples(), []
+    for mode in (torch.inference_mode, torch.no_grad):
+        model = cachekit.wrap(Controlled(at, begins).eval(), every(period), segments=(1, 5), adapter=PLAIN)
+        with mode():
+            found.append((sampled(model, xs), dict(stats(model).dropped), stats(model).blocks_run))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1:] == found[1][1:]
