@@ -14,7 +14,7 @@ from cachekit.adapter import Adapter
 from cachekit.calibration import LOOKAHEAD, Calibration, SiteRecord, Table, row
 from cachekit.errors import ConfigError
 from cachekit.fingerprint import Fingerprint
-from cachekit.generations import Sample, Sampler, check_runs, relative
+from cachekit.generations import Sample, Sampler, check_runs, check_sites, relative
 from cachekit.json_files import SegmentSpec, segment_specs
 from cachekit.measures import changes, gram, lookahead, norm_ratios
 from cachekit.policies.every import every
@@ -107,12 +107,14 @@ def calibrate(
         ModelError: the model can't be wrapped, or shows other values from step to step.
     """
     numbers, orders = check_runs(runs), check_orders(probes)
-    named = {name if isinstance(name, str) else str(name): segment_specs(name) for name in sites}
+    named = {name if isinstance(name, str) else str(name): segment_specs(name) for name in check_sites(sites)}
     sampler = Sampler(model, sample, adapter)
     bar = progress_bar(len(numbers) * (1 + len(named)), 0, progress)
     job = _Job(sampler, numbers, (lambda: bar.update()) if bar is not None else (lambda: None), {})
     try:
         stack = _stack(job)
+        if len(job.timesteps) < 2:
+            raise ConfigError("sample makes a single step, which can't be reused; give it more of them")
         if bar is not None:
             bar.total += len(named) * sum(len(distinct(orders, i)) for i in range(len(job.timesteps)))
         found = {name: _site(job, specs, orders) for name, specs in named.items()}

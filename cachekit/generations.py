@@ -126,3 +126,16 @@ def check_runs(runs: int | Sequence[int]) -> tuple[int, ...]:
     if not found or len(set(found)) < len(found):
         raise ConfigError(f"runs={runs!r}: give how many there are, at least one, or their numbers, each once")
     return found
+
+
+def check_sites(sites: Sequence[Any]) -> tuple[Any, ...]:
+    """Sites, as a list.
+
+    Raises:
+        ConfigError: there is none, or the name of one stands alone.
+    """
+    if isinstance(sites, str):
+        raise ConfigError(f"sites={sites!r}: give a list of them, sites=({sites!r},)")
+    if not sites:
+        raise ConfigError("sites=(): give at least one, such as sites=('model',)")
+    return tuple(sites)

@@ -14,7 +14,8 @@ from cachekit.segments import Segment, parse_segments
 
 Where = str | os.PathLike[str]
 
-FROZEN = ConfigDict(frozen=True, extra="forbid")
+# A sample that ran away has an infinite error, for which JSON has no number.
+FROZEN = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class SegmentSpec(BaseModel):

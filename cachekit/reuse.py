@@ -141,7 +141,7 @@ def parse_reuse(reuse: Any) -> Reuse:
     """A spec string such as ``"output"`` or ``"taylor-2"``, or an object that follows ``Reuse``.
 
     Before any name, ``residual-`` passes on what the input changed (``beta=1``), and ``grid-`` forecasts along the sampler's
-    grid; together they are ``residual-grid-``.
+    grid; together they are ``residual-grid-``, in either order.
 
     Returns:
         What follows ``Reuse``; its ``length`` says how many tensors will be held for each that is stored.
@@ -151,9 +151,9 @@ def parse_reuse(reuse: Any) -> Reuse:
     """
     if isinstance(reuse, str):
         name, changes = reuse, dict[str, Any]()
-        for prefix, change in (("residual-", {"beta": 1.0}), ("grid-", {"axis": "grid"})):
-            if name.startswith(prefix):
-                name, changes = name.removeprefix(prefix), changes | change
+        left: dict[str, dict[str, Any]] = {"residual-": {"beta": 1.0}, "grid-": {"axis": "grid"}}
+        while prefix := next((prefix for prefix in left if name.startswith(prefix)), ""):
+            name, changes = name.removeprefix(prefix), changes | left.pop(prefix)
         made = make(name, known_reuses(), kind="reuse", advice=ADVICE)
         lacking = [change for change in changes if change not in getattr(made, "__dataclass_fields__", ())]
         if lacking:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cachekit.errors import ConfigError
 from cachekit.policy import Step
 from cachekit.spec import parse_policy
 from cachekit.verdict import decided
@@ -49,9 +50,11 @@ def plan(policy: Any, timesteps: Sequence[float], *, range: float | None = 1000.
         One decision a step. The first is always a recompute, since nothing is stored yet.
 
     Raises:
-        ConfigError: the policy looks at the model (``change``), or can't be read.
+        ConfigError: the policy looks at the model (``change``), or can't be read; or no timesteps are given.
     """
     rule = parse_policy(policy).policy
+    if not isinstance(timesteps, Iterable):
+        raise ConfigError(f"timesteps={timesteps!r}: give the timestep of each step, such as scheduler.timesteps, not how many")
     times = tuple(float(t) for t in timesteps)
     state, made, node = rule.init(), [], 0
     for i, t in enumerate(times):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +14,7 @@ from cachekit.error_model import ErrorModel
 from cachekit.errors import ConfigError
 from cachekit.finder import Finder
 from cachekit.front import Budget, Front, pareto
-from cachekit.generations import Sample, Sampler, check_runs
+from cachekit.generations import Sample, Sampler, check_runs, check_sites
 from cachekit.reuse import Forecast
 from cachekit.training_log import progress_bar
 from cachekit.trials import Trials
@@ -63,11 +65,13 @@ def search(
         ConfigError: another model or schedule than the calibration's, or a budget that can't mean what was written.
     """
     calibration.model.check(model, "calibration")
-    wanted = Budget(full_steps=budget) if isinstance(budget, int) else budget
-    n, names = len(calibration.timesteps), tuple(calibration.sites) if sites is None else tuple(sites)
+    wanted, reuses = _budget(budget), _reuses(reuses)
+    if tries < 1:
+        raise ConfigError(f"tries={tries}: how many candidates are run, at least one")
+    n, names = len(calibration.timesteps), tuple(calibration.sites) if sites is None else check_sites(sites)
     if wanted.full_steps is not None and wanted.full_steps > n:
         raise ConfigError(f"{wanted}: there are only {n} steps to recompute")
-    numbers = calibration.runs if runs is None else calibration.runs[:runs] if isinstance(runs, int) else check_runs(runs)
+    numbers = _runs(calibration, runs)
     models = {name: [ErrorModel(calibration.site(name), reuse, calibration.timesteps) for reuse in reuses] for name in names}
     sampler, bar = Sampler(model, sample, adapter), progress_bar(None, 0, progress)
     trials = Trials(sampler, calibration, numbers, (lambda: bar.update()) if bar is not None else (lambda: None))
@@ -81,6 +85,36 @@ def search(
     # Blocks don't count what is left out within them.
     by_seconds = wanted.seconds is not None or any(spec.modules for name in names for spec in calibration.site(name).segments)
     return Front(pareto(finder.plans, by_seconds), wanted, trials.generations)
+
+
+def _budget(budget: Any) -> Budget:
+    if isinstance(budget, Budget):
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 1:
+        raise ConfigError(
+            f"budget={budget!r}: give a number of full steps, at least one, or Budget(seconds=...) or Budget(error=...)"
+        )
+    return Budget(full_steps=int(budget))
+
+
+def _reuses(reuses: Sequence[Any]) -> tuple[Forecast, ...]:
+    found = () if isinstance(reuses, str) else tuple(reuses)
+    if not found or not all(isinstance(reuse, Forecast) for reuse in found):
+        raise ConfigError(
+            f"reuses={reuses!r}: give the forecasts to choose from, such as (cachekit.Forecast(order=1, axis='grid'),)"
+        )
+    return found
+
+
+def _runs(calibration: Calibration, runs: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The runs to compare on: so many of the calibration's, or others by their numbers."""
+    if runs is None:
+        return calibration.runs
+    if isinstance(runs, int) and not 1 <= runs <= len(calibration.runs):
+        raise ConfigError(
+            f"runs={runs}: the calibration has {len(calibration.runs)} to take so many of; for more give numbers, runs=range(...)"
+        )
+    return calibration.runs[:runs] if isinstance(runs, int) else check_runs(runs)
 
 
 def _spend(finder: Finder, budget: Budget, n: int) -> None:

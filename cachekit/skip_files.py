@@ -30,7 +30,7 @@ def save_long_skips(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ModelError: the model has none.
-        ConfigError: safetensors is not installed.
+        ConfigError: safetensors is not installed, or the file can't be written.
     """
     found = long_skips_of(model)
     if found is None:
@@ -45,8 +45,11 @@ def save_long_skips(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "model": json.dumps(fingerprint(model)),
     }
     safetensors = load_safetensors()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    safetensors.save_file(state, os.fspath(path), metadata)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        safetensors.save_file(state, os.fspath(path), metadata)
+    except Exception as error:
+        raise ConfigError(f"{os.fspath(path)!r} can't be written ({error}); give the path of a file") from error
 
 
 def _joined(long_skips: LongSkips) -> list[list[str]]:
@@ -99,6 +102,8 @@ def load_long_skips(model: M, source: str | os.PathLike[str] | Mapping[str, Tens
 
 
 def _load_own(model: M, own: dict[str, Tensor], metadata: Mapping[str, str], adapter: Adapter | str | None) -> M:
+    if lacking := {"fusion", "pairs", "blocks", "widths"} - metadata.keys():
+        raise ConfigError(f"the file doesn't say its {' and '.join(sorted(lacking))}; write it with this version's save_long_skips")
     pairs = tuple((early, late) for early, late in json.loads(metadata["pairs"]))
     widths = set(json.loads(metadata["widths"]))
     return _load(

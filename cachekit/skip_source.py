@@ -73,8 +73,10 @@ def _unpickled(path: Path) -> Any:
         with nullcontext() if allowed is None else allowed([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # An empty file's error says nothing.
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"{str(path)!r} can't be read as weights alone ({str(error).splitlines()[0]}); if you trust it, "
+            f"{str(path)!r} can't be read as weights alone ({said}); if you trust it, "
             "torch.load(path, weights_only=False) it yourself, and give the state dict in it, such as its 'ema'"
         ) from error
 

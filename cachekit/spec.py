@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -17,7 +18,8 @@ from cachekit.preset import Preset
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
 _LEAF = re.compile(rf"(?P<name>[A-Za-z][A-Za-z0-9-]*?)-?(?P<numbers>{_NUMBER}(?:-{_NUMBER})*)?")
-_TOKEN = re.compile(r"\s*([|&()]|[^|&()\s]+)")
+# Behind a colon stands a file's name, which may have blanks in it.
+_TOKEN = re.compile(r"\s*([|&()]|[^|&()\s:]+:[^|&()]*[^|&()\s]|[^|&()\s]+)")
 
 
 # Entry points are loaded when they are asked for by name, so that a broken package breaks nothing else.
@@ -153,9 +155,12 @@ def make(leaf: str, known: Known, *, kind: str, advice: str) -> Any:
         listed = ", ".join(sorted(usage(name, found) for name, found in known.items()))
         raise ConfigError(f"unknown {kind} {leaf!r}; known: {listed}; {advice}")
     maker = _load(match["name"], known[match["name"]])
-    numbers = re.findall(_NUMBER, match["numbers"] or "")
+    found = re.findall(_NUMBER, match["numbers"] or "")
+    numbers = [float(number) if "." in number or "e" in number else int(number) for number in found]
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"{leaf!r}: a number in it is beyond all that can be counted with; write a smaller one")
     try:
-        return maker(*(float(number) if "." in number or "e" in number else int(number) for number in numbers))
+        return maker(*numbers)
     except (ValidationError, TypeError) as error:
         raise ConfigError(f"{leaf!r} does not fit {usage(match['name'], maker)}: {error}") from error
 

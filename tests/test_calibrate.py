@@ -361,6 +361,11 @@ def test_what_is_refused(model: Any, calibration: Calibration, tmp_path: Path) -
     for bad in cast(Any, ((), (1, 1), (3,), 1)):
         with pytest.raises(cachekit.ConfigError, match="give some of the orders 0, 1, 2, each once"):
             cachekit.calibrate(model, sampling(model), runs=1, probes=bad, progress=False)
+    with pytest.raises(cachekit.ConfigError, match="makes a single step"):
+        cachekit.calibrate(model, sampling(model, 1), runs=1, progress=False)
+    for nothing, says in (("model", r"sites=\('model',\)"), ((), "give at least one")):
+        with pytest.raises(cachekit.ConfigError, match=says):
+            cachekit.calibrate(model, sampling(model), runs=1, sites=nothing, progress=False)
     with pytest.raises(cachekit.ConfigError, match="had different timesteps"):
         cachekit.calibrate(model, lambda run: sampling(model, 4 + run)(run), runs=2, progress=False)
     with pytest.raises(cachekit.ConfigError, match="return the final sample as a tensor"):

@@ -107,6 +107,11 @@ def test_no_steps_no_schedule() -> None:
     assert len(cachekit.plan("skip-every-2", [])) == 0
 
 
+def test_a_number_of_steps_is_no_timesteps() -> None:
+    with pytest.raises(cachekit.ConfigError, match=r"timesteps=5: give the timestep of each step"):
+        cachekit.plan("every-2", 5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("policy", ["change-0.1", "every-2 & change-0.1", "change-0.1 | first-2"])
 def test_what_looks_at_the_model_has_no_schedule(policy: str) -> None:
     with pytest.raises(cachekit.ConfigError, match="don't plan\\(\\) it without a model"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,10 @@ def test_all_ways_to_use_one(reuse: str, model: Any, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     plan = plan_for(model, reuse=reuse)
     plan.save("plan.json")
+    plan.save("my plan.json")
     cachekit.wrap(model, planned(RECOMPUTE, grid()), segments="middle", reuse=reuse)
     expected = sampling(model)(0)
-    for policy in (plan, "plan.json", "plan:plan.json", f"plan:{tmp_path / 'plan.json'}", "plan.json | plan:plan.json"):
+    for policy in (plan, "plan.json", "plan:plan.json", f"plan:{tmp_path / 'plan.json'}", "plan:my plan.json | (plan:plan.json)"):
         cachekit.wrap(model, policy)
         assert torch.equal(sampling(model)(0), expected)
         assert full_steps(model) == list(RECOMPUTE)
@@ -86,6 +88,8 @@ def test_files_hold_all_of_it(recompute: set[int], segments: Any, order: int, ax
     reuse = Forecast(order, beta=beta, axis=axis)
     plan = plan_for(small(), (0, *sorted(recompute)), segments, reuse)
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    ran_away = plan.model_copy(update={"error": math.inf, "worst": math.inf})
+    assert Plan.model_validate_json(ran_away.model_dump_json()) == ran_away
     assert plan.reuse.reuse() == reuse
     assert plan.preset().policy == planned((0, *sorted(recompute)), grid())
 

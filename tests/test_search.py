@@ -215,6 +215,22 @@ def test_what_is_refused(model: Any, calibration: Calibration) -> None:
         Budget(full_steps=3, error=0.1)
     with pytest.raises(cachekit.ConfigError, match="there are only 8 steps"):
         searched(model, calibration, 9)
+    for budget in (0, -1, True, 2.0, "4", None):
+        with pytest.raises(cachekit.ConfigError, match="give a number of full steps, at least one"):
+            searched(model, calibration, budget)
+    for runs in (0, -1, 3):
+        with pytest.raises(cachekit.ConfigError, match="the calibration has 2"):
+            searched(model, calibration, 4, runs=runs)
+    for options, says in (
+        ({"reuses": ()}, "give the forecasts to choose from"),
+        ({"reuses": ("taylor-1",)}, "give the forecasts to choose from"),
+        ({"reuses": "taylor-1"}, "give the forecasts to choose from"),
+        ({"sites": ()}, "give at least one"),
+        ({"sites": "model"}, r"sites=\('model',\)"),
+        ({"tries": 0}, "at least one"),
+    ):
+        with pytest.raises(cachekit.ConfigError, match=says):
+            cachekit.search(calibration, model, sampling(model), budget=4, progress=False, **cast(Any, options))
     with pytest.raises(cachekit.ConfigError, match="was not calibrated"):
         searched(model, calibration, 4, sites=["all"])
     with pytest.raises(cachekit.ConfigError, match="made for another model"):

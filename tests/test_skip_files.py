@@ -12,6 +12,7 @@ import torch
 from adding import Mean, output, shaken
 from cases import Case
 from running import TIMES, assert_equal, generate
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from wrapping import identical, snapshot
@@ -165,17 +166,37 @@ def test_what_holds_none_is_refused(tmp_path: Path) -> None:
         cachekit.save_long_skips(DIT.build(), tmp_path / "skips.safetensors")
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "b.pt", "missing.pt", "missing.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["a.pt", "a.safetensors", "b.pt", "empty.pt", "empty.safetensors", "missing.pt", "missing.safetensors"]
+)
 def test_what_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
     if name == "b.pt":
         torch.save([1, 2], tmp_path / name)
     elif not name.startswith("missing"):
-        (tmp_path / name).write_bytes(b"neither")
+        (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"neither")
     model = DIT.build()
     before = snapshot(model)
     with pytest.raises(cachekit.ConfigError, match=r"can't be read|holds a list"):
         cachekit.load_long_skips(model, tmp_path / name)
     assert identical(before, snapshot(model))
+
+
+def test_a_file_that_says_too_little_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "skips.safetensors"
+    cachekit.save_long_skips(cachekit.add_long_skips(DIT.build()), path)
+    with safe_open(path, "pt") as file:
+        state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    for key in ("fusion", "pairs", "blocks", "widths"):
+        save_file(state, path, {name: value for name, value in metadata.items() if name != key})
+        with pytest.raises(cachekit.ConfigError, match=f"doesn't say its {key}"):
+            cachekit.load_long_skips(DIT.build(), path)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "skips.safetensors"):
+        with pytest.raises(cachekit.ConfigError, match="can't be written"):
+            cachekit.save_long_skips(cachekit.add_long_skips(DIT.build()), path)
 
 
 def test_what_is_no_source_and_no_model_is_refused() -> None:

@@ -354,6 +354,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ("   ", "lacks a policy"),
         ("every-2 || first-3", "lacks a policy"),
         ("2", "unknown policy"),
+        ("change-1e400", "beyond all that can be counted with"),
     ],
 )
 def test_unreadable_specs(spec: str, says: str) -> None:
@@ -463,6 +464,7 @@ def test_precedence_is_that_of_python(policy: Policy[Any]) -> None:
         ("residual-taylor-2", 2, 1.0, "t"),
         ("grid-taylor-2", 2, 0.0, "grid"),
         ("residual-grid-taylor-1", 1, 1.0, "grid"),
+        ("grid-residual-taylor-1", 1, 1.0, "grid"),
     ],
 )
 def test_reuse_specs(spec: str, order: int, beta: float, axis: str) -> None:
