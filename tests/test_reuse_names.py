@@ -38,6 +38,7 @@ SPECS: list[tuple[str, Reuse]] = [
     ("residual-grid-bdf2", Bdf(2, beta=1.0, axis="grid")),
     ("taylor-0", Forecast()),
     ("taylor-2.25", Forecast(2, blend=0.25)),
+    ("grid-residual-taylor-1", Forecast(1, beta=1.0, axis="grid")),
     ("residual-grid-taylor-0.5", Forecast(blend=0.5, beta=1.0, axis="grid")),
     ("mix", Mix(0.0, 1.0)),
     ("mix-0.1-0.6", Mix(0.1, 0.6)),
@@ -64,7 +65,7 @@ def test_specs(spec: str, reuse: Reuse) -> None:
         ("taylor", "does not fit taylor-K"),
         ("tokens-0", "greater than 0"),
         ("tokens-2", "less than or equal to 1"),
-        ("grid-residual-taylor-1", "unknown reuse"),
+        ("grid-grid-taylor-1", "unknown reuse"),
         ("grid-", "unknown reuse"),
     ],
 )
