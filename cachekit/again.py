@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cachekit.containers import Containers
 from cachekit.errors import ModelError
 from cachekit.trajectory import version
-from cachekit.tree import arguments, containers
+from cachekit.tree import arguments
 
 WRITTEN = (
     "the model writes into its argument {path}, and called its blocks otherwise than before, so that the call would have to be "
@@ -31,8 +31,7 @@ class Again:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Iterable[Kept]) -> None:
-        # Models take things out of lists and dictionaries.
-        self._containers = [(container, copy.copy(container)) for container in containers((args, kwargs))]
+        self._containers = Containers(args, kwargs)
         self._given = [(path, tensor, version(tensor)) for path, tensor in arguments(args, kwargs)]
         self._copies = {id(tensor): (values, count) for tensor, values, count in kept}
         for _, tensor, count in self._given:
@@ -46,9 +45,7 @@ class Again:
         Raises:
             ModelError: there is none.
         """
-        for container, before in self._containers:
-            container.clear()
-            container.extend(before) if isinstance(container, list) else container.update(before)
+        self._containers.restore()
         for path, tensor, count in self._given:
             values, noted = self._copies.get(id(tensor), (None, None))
             if values is not None and noted == count:

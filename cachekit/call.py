@@ -79,7 +79,8 @@ class KnownCall(PlainCall):
         visit, action = self.graph.visits[v], self.layout.actions[v]
         self._check(visit, args, kwargs)
         if v == self._first and self.decisions.looks_at("modulated"):
-            self.decisions.show_modulated(block, original, args, kwargs, [path for path, _ in visit.streams])
+            written = None if visit.writes else [path for path, _ in visit.streams]
+            self.decisions.show_modulated(block, original, args, kwargs, written)
         runs = action is None or self.decisions.recompute(action.site)
         self._before(v, visit, action, runs, args, kwargs)
         if runs:

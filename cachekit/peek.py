@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cachekit.containers import Containers
 from cachekit.main_stream import with_input
 from cachekit.tree import Path, arguments, pick
 
@@ -55,8 +56,10 @@ class Peeker:
     ) -> Tensor | None:
         """What enters the block's attention if it is called so; None, with a note, where the block doesn't get there.
 
-        The block gets copies of these arguments (all tensors where they are None), since it may write into its input.
+        The block gets copies of these arguments (all tensors where they are None), since it may write into its input. What it
+        changes in lists and dictionaries is undone.
         """
+        before = Containers(args, kwargs)
         paths = [path for path, _ in arguments(args, kwargs)] if streams is None else streams
         for path in paths:
             args, kwargs = with_input(args, kwargs, path, pick(args, kwargs, path).clone())
@@ -68,6 +71,7 @@ class Peeker:
                 return found.entering
         finally:
             self._local.peeking = False
+            before.restore()
         self._note(
             f"what enters the attention of block {block!r} could not be seen, so that every step was recomputed; say what the "
             "module is called: adapter=cachekit.Adapter(modulated=('name within the block',))"

@@ -52,15 +52,6 @@ def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Pa
     return tensors(args) + tensors(kwargs)
 
 
-def containers(value: Any) -> Iterator[Any]:
-    """Each list and dictionary in nested ones and tuples."""
-    if type(value) in (list, dict):
-        yield value
-    if type(value) in (list, dict, tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from containers(item)
-
-
 def pick(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> Any:
     """What stands at an argument path, or None where the call has nothing there."""
     try:

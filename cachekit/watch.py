@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cachekit.containers import Containers
 from cachekit.graph import Graph, Signature, Source, Visit, signature
-from cachekit.tree import Path, arguments, containers, tensors, without_tensors
+from cachekit.tree import Path, arguments, tensors, without_tensors
 
 
 class Relayout(Protocol):
@@ -76,13 +76,13 @@ class Watch:
         self._produced: dict[int, _Produced] = {}
         self._last: list[_Produced] = []
         self._entering: list[tuple[Path, Known]] = []
-        self._containers: list[tuple[Any, Any]] = []
+        self._containers = Containers((), {})
 
     def before(self, block: str, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a block's inputs, before it may write into them."""
         ins, origins = [], {}
         self._entering = []
-        self._containers = [(container, copy.copy(container)) for container in containers((args, kwargs))]
+        self._containers = Containers(args, kwargs)
         for path, tensor in arguments(args, kwargs):
             ins.append((path, signature(tensor)))
             self._entering.append((path, Known(tensor)))
@@ -112,7 +112,7 @@ class Watch:
         where another value is returned in its place.
         """
         returned = {id(tensor): out for out, tensor in outs}
-        in_place, writes = [], any(_differ(now, before) for now, before in self._containers)
+        in_place, writes = [], self._containers.changed()
         for path, known in self._entering:
             tensor = known.ref()
             if tensor is None or known.is_still(tensor):
@@ -193,13 +193,6 @@ class Watch:
                 )
             )
         return Graph(tuple(visits))
-
-
-def _differ(now: Any, before: Any) -> bool:
-    """Whether a list or a dictionary has other items than a copy of it."""
-    if isinstance(now, dict):
-        return list(now) != list(before) or any(now[key] is not before[key] for key in now)
-    return len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
 
 
 def stream_inputs(ins: list[tuple[Path, Signature]], outs: list[tuple[Path, Signature]]) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import Any
 
@@ -105,6 +105,57 @@ def test_looking_in_writes_nothing_and_runs_no_block_to_its_end() -> None:
     assert full == [all(record.recomputed) for record in writing.cachekit.stats.records]
     assert 1 < sum(full) < len(TIMES)
     assert [block.finished for block in plain.blocks] == [sum(full)] * 3
+
+
+class Beside(nn.Module):
+    """Three blocks that sum up beside the stream, before their attention."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.blocks = make, nn.ModuleList([BesideBlock() for _ in range(3)])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        beside = self.make()
+        for block in self.blocks:
+            x = block(x, t / 1000, beside)
+        total = beside[0] if isinstance(beside, tuple) else beside
+        result: Tensor = x + (sum(total) if isinstance(total, list) else sum(total.values()) if isinstance(total, dict) else total)
+        return result
+
+
+class BesideBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor, beside: Any) -> Tensor:
+        into = beside[0] if isinstance(beside, tuple) else beside
+        if isinstance(into, list):
+            into.append(x)
+        elif isinstance(into, dict):
+            into["sum"] = into.get("sum", 0) + x
+        else:
+            into.add_(x)
+        result: Tensor = x + self.attn(x * (1 + t))
+        return result
+
+
+@pytest.mark.parametrize("inference", (False, True))
+@pytest.mark.parametrize(
+    "make",
+    (list, dict, lambda: torch.zeros(2, 5, 4), lambda: ([],), lambda: [torch.zeros(2, 5, 4)]),
+    ids=("list", "dict", "tensor", "nested", "filled"),
+)
+def test_looking_in_leaves_what_lies_beside_the_stream(make: Callable[[], Any], inference: bool) -> None:
+    """Full steps alone: the predictions are those of the model that is not wrapped."""
+    model = Beside(make).eval()
+    noise, data = torch.randn(2, 2, 5, 4, generator=torch.Generator().manual_seed(1))
+    calls = [(noise * (t / 1000) + data * (1 - t / 1000), torch.tensor(t)) for t in TIMES]
+    with torch.inference_mode(inference), torch.no_grad():
+        expected = [model(*call) for call in calls]
+        cachekit.wrap(model, tea(1e-9), adapter=cachekit.Adapter(timestep="t", range=1000))
+        assert same([model(*call) for call in calls], expected)
 
 
 def test_a_module_of_another_name_is_named_by_the_adapter() -> None:
