@@ -69,11 +69,14 @@ def get(value: Any, path: Path) -> Any:
 
 
 def replaced(value: Any, new: Mapping[Path, Any], path: Path = ()) -> Any:
-    """A copy of a nested value with other leaves at the given paths; containers keep their types."""
+    """A copy of a nested value with other leaves at the given paths; containers keep their types.
+
+    Lists and dictionaries with nothing in them are copied too: models put things into those that they are given or get back.
+    """
     if path in new:
         return new[path]
     items = None if isinstance(value, Tensor) else children(value)
-    if not items:
+    if items is None or not (items or isinstance(value, list | dict)):
         return value
     changed = {key: replaced(item, new, (*path, key)) for key, item in items}
     if isinstance(value, Mapping):

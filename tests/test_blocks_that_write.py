@@ -156,3 +156,46 @@ def test_what_is_added_in_place_between_blocks_is_seen(at: int, reused: tuple[in
             found.append((sampled(model, xs), dict(stats(model).dropped), stats(model).blocks_run))
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
     assert found[0][1:] == found[1][1:]
+
+
+class Gathering(nn.Module):
+    """Its blocks return a list with nothing in it, into which it writes; the caller gives it another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Empty() for _ in range(4))
+
+    def forward(self, x: Tensor, timestep: Tensor, gathered: list[Tensor]) -> Tensor:
+        for block in self.blocks:
+            x, found = block(x, timestep / 1000, None)
+            found.append(x)
+            x = x * len(found)
+        gathered.append(x)
+        return x
+
+
+class Empty(Block):
+    def forward(self, x: Tensor, t: Tensor, beside: Any) -> Any:
+        return super().forward(x, t, beside), []
+
+
+@pytest.mark.parametrize("audit", [None, 1])
+def test_a_list_with_nothing_in_it_stays_its_owners(audit: int | None) -> None:
+    """Reused steps get one each, and the full pass in the shadow has one of its own."""
+    model, xs = Gathering().eval(), samples()
+    held, expected = torch.empty(0), []
+    with torch.no_grad():
+        for i, (x, time) in enumerate(zip(xs, TIMES, strict=True)):
+            t = torch.tensor([time]) / 1000
+            if i % 2 == 0:
+                held = x
+                for block in model.blocks[:3]:
+                    held, _ = block(held, t, None)
+            expected.append(model.blocks[3](held, t, None)[0])
+        cachekit.wrap(model, every(2), segments=(0, 3), adapter=PLAIN, audit_every=audit)
+        for x, time, wanted in zip(xs, TIMES, expected, strict=True):
+            gathered: list[Tensor] = []
+            assert torch.equal(model(x, timestep=torch.tensor([time]), gathered=gathered), wanted)
+            assert len(gathered) == 1
+    assert stats(model).blocks_run == 2 * 4 + 2 and len(stats(model).audits) == (2 if audit else 0)
