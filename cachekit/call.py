@@ -94,7 +94,7 @@ class KnownCall(PlainCall):
             self.blocks.append(block)
             result = self._instead(v, visit, action, args, kwargs) if action is not None else None
         for span in self._spans:
-            if span.end == v:
+            if span.end == v and (runs or not span.computed):
                 left = get(result, span.leaves).detach()
                 self.decisions.shown[span] = left.clone() if span.enters is None else left - self._opened[span.start, span.enters]
         self._returned = {path: (tensor, _version(tensor)) for path, tensor in tensors(result)}
@@ -186,7 +186,7 @@ class KnownCall(PlainCall):
             entering = {path: pick(args, kwargs, path).detach() for path, _ in visit.streams}
             self._entering[v] = {path: tensor.clone() for path, tensor in entering.items()} if runs else entering
         for span in self._spans:
-            if span.start == v and span.enters is not None:
+            if span.start == v and span.enters is not None and (runs or not span.computed):
                 self._opened[v, span.enters] = pick(args, kwargs, span.enters).detach().clone()
 
     def _entry(self, action: Action, path: Path) -> Tensor | None:

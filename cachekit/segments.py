@@ -64,6 +64,10 @@ class Segment:
             return range(0)
         return range(units)[slice(self.start, self.stop)]
 
+    def visits(self, blocks: int, unit: int) -> list[int]:
+        """The visits that it covers of a model that calls each of its blocks once, so many blocks a unit."""
+        return [v for u in self.units(-(-blocks // unit)) for v in range(u * unit, min((u + 1) * unit, blocks))]
+
 
 WRITTEN: Mapping[str, Segment] = MappingProxyType(
     {

@@ -17,13 +17,13 @@ from torch import Tensor
 from cachekit.errors import ConfigError
 from cachekit.samples import Samples
 
-Of = Literal["probe", "front", "modulated", "check", "sample", "prediction"]
+Of = Literal["probe", "front", "middle", "modulated", "check", "sample", "prediction"]
 Since = Literal["recompute", "step"]
 
 # What looks at the blocks before the segment, and can't be without them.
 PROBES = frozenset({"probe", "front"})
 # What looks at blocks around the segment, and what looks into the stack, of which the whole prediction has neither.
-AROUND = PROBES | {"check"}
+AROUND = PROBES | {"check", "middle"}
 INSIDE = AROUND | {"modulated"}
 
 NO_PROBE = (
@@ -34,12 +34,18 @@ NO_CHECK = (
     "the policy checks the block behind the segment against its own forecast, and no block that runs on every step stands there; "
     "leave the last block out of every segment, for example segments=(0, -1)"
 )
+NO_MIDDLE = (
+    "the policy watches the block in the middle of the segment, and there is none that a stream of tokens enters and leaves; write "
+    "segments='all' or another range of blocks"
+)
 NO_MODULATED = (
     "the policy watches what enters the first block's attention, and a decision on the whole prediction falls before any block; "
     "write segments='all' or another segment"
 )
 NO_MODEL = "the policy looks at what a model shows, and there is none here: plan() takes policies of time alone"
-LACKING = MappingProxyType({"probe": NO_PROBE, "front": NO_PROBE, "check": NO_CHECK, "modulated": NO_MODULATED})
+LACKING = MappingProxyType(
+    {"probe": NO_PROBE, "front": NO_PROBE, "check": NO_CHECK, "middle": NO_MIDDLE, "modulated": NO_MODULATED}
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,9 @@ class Signal:
 
     Args:
         of: ``"probe"``: the residual of the block before the segment. ``"front"``: that of all the blocks before it together,
-            as far back as each gets what the one before returned. ``"modulated"``: what enters the attention of the first block
-            of the stack, that is its normed and modulated input; costs running the block up to there. ``"sample"``: the model's
+            as far back as each gets what the one before returned. ``"middle"``: that of the block in the middle of the segment,
+            known to ``update`` only, where the segment was recomputed. ``"modulated"``: what enters the attention of the stack's
+            first block, that is its normed and modulated input; costs running the block up to there. ``"sample"``: the model's
             input. ``"prediction"``: what the model returns, known to ``update`` only. ``"check"``: the output of the block
             behind the segment as the segment's reuse forecasts it, compared with what it is; known to ``update`` only.
         since: when what it is compared with was kept: at the segment's last recompute, or at the step before. A check is

@@ -1,4 +1,4 @@
-"""What a policy looks at of the blocks around its segment."""
+"""What a policy looks at of the blocks around its segment, and in the middle of it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from cachekit.tree import Path
 class Span:
     """Visits whose residual of the main stream a policy looks at: where it enters the first, and where it leaves the last.
 
-    Where ``enters`` is None it looks at what leaves the last.
+    Where ``enters`` is None it looks at what leaves the last. ``computed`` is whether only what was computed counts, and not what
+    was reused in its place.
     """
 
     start: int
     enters: Path | None
     end: int
     leaves: Path
+    computed: bool = False
 
 
 def spans(graph: Graph, members: set[int], touched: set[int], looks: frozenset[Signal]) -> dict[str, Span]:
-    """What signals look at around a segment of these visits; ``touched`` are those that may not run in full on every step."""
+    """What signals look at around and in a segment of these visits; those that may not always run in full are ``touched``."""
     found: dict[str, Span] = {}
     names = {signal.of for signal in looks}
     if not members:
@@ -36,6 +38,10 @@ def spans(graph: Graph, members: set[int], touched: set[int], looks: frozenset[S
         if "front" in names:
             found["front"] = Span(*_back(graph, first - 1, enters), first - 1, leaves)
     behind = next((v for v in graph.blocks if v > max(members)), None)
+    middle = sorted(members)[(len(members) - 1) // 2]
+    if "middle" in names and graph.visits[middle].streams:
+        enters, leaves = graph.visits[middle].streams[0]
+        found["middle"] = Span(middle, enters, middle, leaves, computed=True)
     # One that is itself reused now and then would be compared with a forecast.
     if "check" in names and behind is not None and behind not in touched:
         found["check"] = Span(behind, None, behind, graph.visits[behind].streams[0][1])

@@ -63,6 +63,10 @@ class WatchedCall(PlainCall):
         self._starts = {start if start >= 0 else len(kinds) + start for start in starts}
         self._ends = {segment.stop * adapter.unit - 1 for segment in segments if segment.stop}
         self._probed = {start - 1 for start in self._starts} if looks & PROBES else set()
+        if "middle" in looks:
+            # The same guess. Where it is wrong, there is nothing to compare with at the second recompute.
+            covered = [segment.visits(len(kinds), adapter.unit) for segment in segments]
+            self._probed |= {visits[(len(visits) - 1) // 2] for visits in covered if visits}
         # The block behind a segment's end; one counted from the back is among the last outputs.
         self._checked = {end + 1 for end in self._ends if end >= 0} if "check" in looks else set()
         self._modulated = "modulated" in looks

@@ -154,12 +154,16 @@ def forecast(formula: Callable[[list[tuple[float, Tensor]], float], Tensor]) -> 
 
 @dataclass
 class Range:
-    """Blocks start ... stop - 1 of a stack, when they are recomputed, and what stands in for them otherwise."""
+    """Blocks start ... stop - 1 of a stack, when they are recomputed, and what stands in for them otherwise.
+
+    Who watches a block of them is told what it adds to the main stream, where it is recomputed.
+    """
 
     start: int
     stop: int
     decide: Decide
     value: Value = residual
+    watch: tuple[int, Callable[[Tensor], None]] | None = None
     fulls: list[Full] = field(default_factory=list)
     recomputed: list[bool] = field(default_factory=list)
 
@@ -182,11 +186,15 @@ def run(case: Case, model: nn.Module, times: Sequence[float], ranges: Sequence[R
                 now, first = entering[MAIN], step["first"]
                 full = held.decide(now - first if now.shape == first.shape else now, step["i"], step["t"])
                 held.recomputed.append(not held.fulls or full)
+            if held.watch is not None and block is blocks[held.watch[0]]:
+                step["watched"] = entering[MAIN]
 
     def leaves(block: nn.Module, args: Any, result: Any) -> Any:
+        left = dict(zip(names, result, strict=True)) if isinstance(result, tuple) else {MAIN: result}
         for held in ranges:
+            if held.watch is not None and block is blocks[held.watch[0]] and held.recomputed[-1]:
+                held.watch[1](left[MAIN] - step["watched"])
             if block is blocks[held.stop - 1]:
-                left = dict(zip(names, result, strict=True)) if isinstance(result, tuple) else {MAIN: result}
                 if held.recomputed[-1]:
                     copies = {name: tensor.clone() for name, tensor in left.items()}
                     held.fulls.append(Full(step["i"], step[id(held)], copies))

@@ -212,34 +212,37 @@ def test_delta_dit_is_off_where_nothing_tells_how_far_the_generation_is() -> Non
 
 
 class Codebook:
-    """AdaCache's rule, as the authors' loop has it: after a full step, look up when the next one is."""
+    """AdaCache's rule, as the authors' loop has it: in a full step, look up when the next one is. The last two are full as well."""
 
     def __init__(self, codebook: dict[float, int]) -> None:
         self.codebook = codebook
         self.last: Tensor | None = None
-        self.at, self.next = 0, 0
+        self.at, self.i, self.next = 0, 0, 0
 
     def __call__(self, front: Tensor, i: int, t: float) -> bool:
-        if i < self.next:
-            return False
+        self.i = i
+        return i >= self.next or i >= len(TIMES) - 2
+
+    def see(self, middle: Tensor) -> None:
+        """What the block in the middle adds in a full step."""
         wait = 1
         if self.last is not None:
-            d = change(front, self.last) / (i - self.at)
+            d = change(middle, self.last) / (self.i - self.at)
             wait = list(self.codebook.values())[-1]
             for bound, steps in self.codebook.items():
                 if d < bound:
                     wait = steps
                     break
-        self.last, self.at, self.next = front, i, i + wait
-        return True
+        self.last, self.at, self.next = middle, self.i, self.i + wait
 
 
 @models
 @pytest.mark.parametrize("codebook", (dict(CODEBOOK), {0.08: 4, 0.12: 3, 0.16: 2, 1.0: 1}), ids=("authors", "finer"))
 def test_adacache(case: Case, codebook: dict[float, int]) -> None:
-    preset = adacache(codebook=tuple(codebook.items()))
-    full = assert_equal_to([Range(1, DEPTH[case], Codebook(codebook))], case, preset)
-    assert full[:2] == [True, True] and not all(full)
+    preset, rule = adacache(codebook=tuple(codebook.items())), Codebook(codebook)
+    held = Range(0, DEPTH[case], rule, watch=((DEPTH[case] - 1) // 2, rule.see))
+    full = assert_equal_to([held], case, preset)
+    assert full[:2] == full[-2:] == [True, True] and not all(full)
 
 
 @pytest.mark.parametrize("codebook", ((), ((0.2, 3), (0.1, 2)), ((0.1, 3), (0.1, 2)), ((0.1, 0),)))
@@ -326,7 +329,12 @@ def test_a_limit_joined_to_a_threshold_counts_every_reuse() -> None:
         assert full == [i % 3 == 0 for i in range(len(TIMES))]
 
 
-@pytest.mark.parametrize("preset", ("first-block-0.2", "dbcache-2-1-0.2", "adacache"))
+def test_the_middle_of_a_segment_needs_a_block() -> None:
+    with pytest.raises(cachekit.ConfigError, match="the block in the middle of the segment"):
+        ours(DIT, "adacache", segments="model")
+
+
+@pytest.mark.parametrize("preset", ("first-block-0.2", "dbcache-2-1-0.2"))
 @pytest.mark.parametrize("segments", ("all", "model"))
 def test_probes_need_a_block_before_the_segment(preset: str, segments: str) -> None:
     with pytest.raises(cachekit.ConfigError, match="the block before the segment"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, ClassVar
@@ -12,10 +13,10 @@ import torch
 from cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published import Range, change, run
+from published import MAIN, OUTPUTS, Range, change, run
 from running import generate
-from torch import Tensor
-from zoo import DIT, FLUX, WAN
+from torch import Tensor, nn
+from zoo import DIT, FLUX, LATTE, WAN
 
 import cachekit
 from cachekit import Comparison, Signal
@@ -111,6 +112,53 @@ def test_input_and_output_are_those_that_the_caller_sees(case: Case, since: Any)
             else:
                 assert relative == change(values[i], values[before])
                 assert difference == float((values[i] - values[before]).abs().mean())
+
+
+def adds(case: Case, block: nn.Module, found: list[Tensor]) -> Callable[..., None]:
+    """A hook that notes what a block adds to the main stream."""
+    names = OUTPUTS[case.name]
+
+    def note(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        entered = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments[MAIN]
+        left = result[names.index(MAIN)] if isinstance(result, tuple) else result
+        found.append(left - entered)
+
+    return note
+
+
+@settings(max_examples=20)
+@given(
+    st.sampled_from((DIT, WAN, LATTE, FLUX)),
+    st.integers(0, 2),
+    st.sampled_from((None, -1, 3, 4)),
+    st.sampled_from(("recompute", "step")),
+    st.sampled_from(("output", "residual", "taylor-1")),
+)
+def test_the_middle_of_any_segment_is_what_its_block_adds(case: Case, start: int, stop: int | None, since: Any, reuse: str) -> None:
+    """At recomputes, every second step, bit for bit what a hook on the block sees; at the others there is nothing to see."""
+    model, unit = case.build(), 2 if case is LATTE else 1
+    stop = None if case is LATTE else stop
+    start = min(start, 1) if case is LATTE else start
+    covered = range(len(case.stack))[start * unit : stop]
+    middle = model.get_submodule(case.stack[covered[(len(covered) - 1) // 2]])
+    watched, seen, added = Signal("middle", since), list[dict[Signal, tuple[float, ...]]](), list[Any]()
+    cachekit.wrap(model, Noting((watched,), seen), segments=(start, stop), reuse=reuse)
+    # Called where the block runs; where its result is reused, a hook may be called as well.
+    handle = middle.register_forward_hook(adds(case, middle, added), with_kwargs=True)
+    with model.cachekit.session(), model.cachekit.branch("only"):
+        generate(model, case, TIMES)
+    handle.remove()
+    computed = added[::2] if len(added) == len(TIMES) else added
+    assert len(computed) == len(TIMES[::2])
+    for i, found in enumerate(seen):
+        relative, difference, size = found[watched]
+        if i % 2:
+            assert relative == difference == size == inf
+        elif i == 0:
+            assert relative == difference == inf and size == float(computed[0].abs().mean())
+        else:
+            assert relative == change(computed[i // 2], computed[i // 2 - 1])
+            assert size == float(computed[i // 2].abs().mean())
 
 
 class Added:

@@ -125,7 +125,7 @@ PRESETS: list[tuple[str, Preset, Any, Any, Any]] = [
     ("speca-2", speca(2.0), first(3) | at_most(8) | verified(2, 0.05, 0.01), (0, -1), TaylorSeer(1, axis="grid")),
     ("error-budget-0.02", error_budget(0.02), ErrorBudget(0.02), None, Forecast(order=2, bound=5.0, axis="grid")),
     ("error-budget-0.2-0.7", error_budget(0.2, 0.7), ErrorBudget(0.2, margin=0.7), None, Forecast(2, bound=5.0, axis="grid")),
-    ("adacache", adacache(), paced(tuple(CODEBOOK.items())), (1, None), "residual"),
+    ("adacache", adacache(), last(2) | paced(tuple(CODEBOOK.items())), "all", "residual"),
     (
         "delta-dit-3-2-0.25",
         delta_dit(3, 2, 0.25),
