@@ -100,6 +100,22 @@ def test_a_retrofit_and_its_control(data: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+def test_a_retrofit_that_is_bounded_and_learns_from_the_original(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file has what the fusions multiply by, at most the bound, so that residual ones read it: half precision adds 2^-11."""
+    short = ("--data", data, "--batch", 4, "--fusions", 3, "--everything", 1, "--log-every", 1, "--bound", 0.01, "--distill", 1)
+    said = ("--out", tmp_path, "--export", tmp_path / "made.safetensors")
+    run(monkeypatch, imported(monkeypatch, "training", "image_retrofit"), *short, *said)
+    made = load_file(tmp_path / "made.safetensors")
+    cachekit.add_long_skips(load_model()).load_state_dict({key: value.float() for key, value in made.items()})
+    largest = [float(torch.linalg.svdvals(made[f"long_skips.{k}_to_{7 - k}.linear.weight"].float())[0]) for k in range(4)]
+    assert all(0.009 < sigma < 0.01 * (1 + 2**-10) for sigma in largest)
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(first["target"] + first["output"] + first["features"])
+
+
+@pytest.mark.slow
 def test_the_classifier_learns(data: Path, tmp_path: Path) -> None:
     log, export = tmp_path / "log.jsonl", tmp_path / "features.safetensors"
     done = script("features.py", "--data", data, "--log", log, "--export", export, "--steps", 150)

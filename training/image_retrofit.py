@@ -2,14 +2,18 @@
 
     python training/image_retrofit.py --data FOLDER --out runs/image_retrofit --export FILE.safetensors
     python training/image_retrofit.py --data FOLDER --out runs/image_control --export FILE.safetensors --control
+    python training/image_retrofit.py --data FOLDER --out runs/image_distilled --export FILE.safetensors --distill 1
+    python training/image_retrofit.py --data FOLDER --out runs/image_bounded --export FILE.safetensors --bound 0.1
 
-Both start from the package's weights and see the same images, noise and timesteps. A control's file holds the plain model's
-weights. It can be stopped and started again at any time.
+All start from the package's weights and see the same images, noise and timesteps. A control's file holds the plain model's
+weights, and that of bounded fusions what they multiply by, so that it is read like any retrofit's. A training can be stopped and
+started again at any time.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cachekit
-from cachekit import Stage
+from cachekit import Distillation, Stage
+from cachekit.bounded import BoundedLinear
 from cachekit.demo import fashion
+from cachekit.fusions import Spectral
 
 # The plain model's own training drew from the seeds of its steps; here come others.
 FIRST_STEP = 1_000_000
@@ -33,17 +39,27 @@ def start(args: argparse.Namespace) -> nn.Module:
     for name, module in model.named_modules():
         if name.endswith("timestep_embedder.linear_1"):
             diffusion.leave_out_short_waves(module.weight, shift=1)
-    return cachekit.add_long_skips(model, fusion="residual" if args.control else args.fusion, seed=args.seed)
+    fusion = partial(Spectral, bound=args.bound) if args.bound else args.fusion
+    return cachekit.add_long_skips(model, fusion="residual" if args.control else fusion, seed=args.seed)
 
 
 def stages(args: argparse.Namespace) -> list[Stage]:
     """The fusions, then everything; a control trains what was there before for as many steps."""
     if args.control:
         return [Stage(steps=args.fusions + args.everything, train="original", lr=args.lr)]
+    distill = Distillation(output=args.distill, features=args.distill) if args.distill else None
     return [
-        Stage(steps=args.fusions, train="fusions", lr=5 * args.lr),
-        Stage(steps=args.everything, train="all", lr=args.lr),
+        Stage(steps=args.fusions, train="fusions", lr=5 * args.lr, distill=distill),
+        Stage(steps=args.everything, train="all", lr=args.lr, distill=distill),
     ]
+
+
+def multiplied_by(model: nn.Module) -> nn.Module:
+    """A model whose bounded layers' weights are what they multiply by."""
+    for module in model.modules():
+        if isinstance(module, BoundedLinear):
+            module.weight.data.copy_(module.bounded.detach())
+    return model
 
 
 def train(args: argparse.Namespace) -> None:
@@ -69,7 +85,7 @@ def train(args: argparse.Namespace) -> None:
     )
     if args.export:
         args.export.parent.mkdir(parents=True, exist_ok=True)
-        kept = cachekit.remove_long_skips(model) if args.control else model
+        kept = cachekit.remove_long_skips(model) if args.control else multiplied_by(model)
         save_file({key: value.half().contiguous() for key, value in kept.state_dict().items()}, args.export)
 
 
@@ -80,6 +96,8 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="write the averaged weights here, in half precision")
     parser.add_argument("--control", action="store_true", help="no long skip connections: the plain model, trained on for as long")
     parser.add_argument("--fusion", default="residual", help="residual, paper or spectral")
+    parser.add_argument("--bound", type=float, help="residual fusions with this bound on their largest singular values")
+    parser.add_argument("--distill", type=float, default=0.0, help="weight of the original's predictions, and of its deep features")
     parser.add_argument("--fusions", type=int, default=500, help="steps for the fusions alone")
     parser.add_argument("--everything", type=int, default=1_500, help="steps for all weights")
     parser.add_argument("--batch", type=int, default=64)
