@@ -91,4 +91,13 @@ def read_model(cls: type[Any], path: Where, what: str, maker: str) -> Any:
     except OSError as error:
         raise ConfigError(f"there is no {what} to read at {os.fspath(path)!r}: {error}") from error
     except ValidationError as error:
-        raise ConfigError(f"{os.fspath(path)!r} is no {what}; make one with {maker}: {error}") from error
+        raise ConfigError(f"{os.fspath(path)!r} is no {what}: {_first(error)}; make one with {maker}") from error
+
+
+def _first(error: ValidationError) -> str:
+    """What is wrong first, in a line: a file of another kind is wrong in every field."""
+    first, *others = error.errors(include_url=False)
+    place, given = ".".join(map(str, first["loc"])), first["input"]
+    said = f"{place}: {first['msg']}" if place else str(first["msg"])
+    said += f", not {given!r}" if isinstance(given, str | int | float) and len(repr(given)) < 40 else ""
+    return said + (f"; {len(others)} more such" if others else "")

@@ -302,6 +302,10 @@ def test_files(calibration: Calibration, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(cachekit.ConfigError, match="is no calibration"):
         Calibration.load(tmp_path / "bad.json")
+    with pytest.raises(cachekit.ConfigError) as told:
+        cachekit.Plan.load(tmp_path / "c.json")
+    assert "format: Input should be 'cachekit plan 1', not 'cachekit calibration 1'" in str(told.value)
+    assert "\n" not in str(told.value), "one line, though every field is another kind of file's"
 
 
 @pytest.mark.parametrize(("probes", "each"), [((0, 1, 2), 3 * (STEPS - 2)), ((1,), STEPS - 1), ((0, 2), 2 * STEPS - 3)])
