@@ -245,6 +245,16 @@ def test_adacache(case: Case, codebook: dict[float, int]) -> None:
     assert full[:2] == full[-2:] == [True, True] and not all(full)
 
 
+def test_adacache_of_a_change_that_is_no_number() -> None:
+    """A block that returns none is run on every step: what it changes by is not known."""
+    model = DIT.build()
+    next(model.get_submodule(DIT.stack[2]).parameters()).fill_(float("nan"))
+    cachekit.wrap(model, "adacache")
+    with model.cachekit.session(steps=len(TIMES)), model.cachekit.branch("only"):
+        generate(model, DIT, TIMES)
+    assert all(all(record.recomputed) for record in model.cachekit.stats.records)
+
+
 @pytest.mark.parametrize("codebook", ((), ((0.2, 3), (0.1, 2)), ((0.1, 3), (0.1, 2)), ((0.1, 0),)))
 def test_codebooks_that_make_no_sense(codebook: Any) -> None:
     with pytest.raises(ValueError, match=r"rise from one to the next|greater than 0"):

@@ -115,6 +115,16 @@ def test_a_retrofit_that_is_bounded_and_learns_from_the_original(
     assert first["loss"] == pytest.approx(first["target"] + first["output"] + first["features"])
 
 
+@pytest.mark.parametrize("other", [("--bound", 0.1), ("--fusion", "paper"), ("--distill", 1)])
+def test_a_control_with_settings_of_a_retrofit_is_refused(
+    tmp_path: Path, other: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = imported(monkeypatch, "training", "image_retrofit")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, script, "--data", tmp_path, "--out", tmp_path, "--control", *other)
+    assert str(other[0]) in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_classifier_learns(data: Path, tmp_path: Path) -> None:
     log, export = tmp_path / "log.jsonl", tmp_path / "features.safetensors"

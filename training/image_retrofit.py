@@ -39,7 +39,7 @@ def start(args: argparse.Namespace) -> nn.Module:
     for name, module in model.named_modules():
         if name.endswith("timestep_embedder.linear_1"):
             diffusion.leave_out_short_waves(module.weight, shift=1)
-    fusion = partial(Spectral, bound=args.bound) if args.bound else args.fusion
+    fusion = args.fusion if args.bound is None else partial(Spectral, bound=args.bound)
     return cachekit.add_long_skips(model, fusion="residual" if args.control else fusion, seed=args.seed)
 
 
@@ -94,9 +94,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with Fashion-MNIST's gzipped IDX files")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint.pt and log.jsonl")
     parser.add_argument("--export", type=Path, help="write the averaged weights here, in half precision")
-    parser.add_argument("--control", action="store_true", help="no long skip connections: the plain model, trained on for as long")
-    parser.add_argument("--fusion", default="residual", help="residual, paper or spectral")
-    parser.add_argument("--bound", type=float, help="residual fusions with this bound on their largest singular values")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--control", action="store_true", help="no long skip connections: the plain model, trained on for as long")
+    kind.add_argument("--fusion", default="residual", help="residual, paper or spectral")
+    kind.add_argument("--bound", type=float, help="residual fusions with this bound on their largest singular values")
     parser.add_argument("--distill", type=float, default=0.0, help="weight of the original's predictions, and of its deep features")
     parser.add_argument("--fusions", type=int, default=500, help="steps for the fusions alone")
     parser.add_argument("--everything", type=int, default=1_500, help="steps for all weights")
@@ -104,7 +105,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4, help="of everything; the fusions alone take five times as much")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
-    train(parser.parse_args())
+    args = parser.parse_args()
+    if args.control and args.distill:
+        parser.error("a control learns from the data alone; leave --distill out")
+    train(args)
 
 
 if __name__ == "__main__":
