@@ -22,9 +22,9 @@ Since = Literal["recompute", "step"]
 
 # What looks at the blocks before the segment, and can't be without them.
 PROBES = frozenset({"probe", "front"})
-# What looks at blocks around the segment, and what looks into the stack, of which the whole prediction has neither.
-AROUND = PROBES | {"check", "middle"}
-INSIDE = AROUND | {"modulated"}
+# What looks at blocks around the segment or in it, and what looks into the stack, of which the whole prediction has neither.
+BLOCKS = PROBES | {"check", "middle"}
+INSIDE = BLOCKS | {"modulated"}
 
 NO_PROBE = (
     "change() watches the block before the segment, and there is none here; leave the first block out, "

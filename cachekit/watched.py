@@ -17,7 +17,7 @@ from cachekit.layout import Layout, expanded, lay_out
 from cachekit.module_watch import ModuleWatch
 from cachekit.refresh import refreshes, takes_tokens
 from cachekit.segments import Segment
-from cachekit.signals import AROUND, LACKING, PROBES, Of
+from cachekit.signals import BLOCKS, LACKING, PROBES, Of
 from cachekit.tree import Path, arguments, pick, replaced, tensors
 from cachekit.values import Measured, Measures
 from cachekit.watch import Watch
@@ -156,7 +156,7 @@ class WatchedCall(PlainCall):
                 decisions.shown[span] = left if entered is None else left - entered
         covered = {k for k, first in enumerate(layout.firsts) if first is not None}
         for k in covered:
-            for of in sorted({signal.of for signal in sites[k].signals} & AROUND):
+            for of in sorted({signal.of for signal in sites[k].signals} & BLOCKS):
                 if of not in layout.spans[k]:
                     raise ConfigError(LACKING[of])
         branch.ready |= covered - lacking
